@@ -1,0 +1,197 @@
+"""A small world told in plain English: the pretraining domain of tiny-llama, and questions about it with exact answers.
+
+Everything is generated from a seed. `document` tells a short story in which states are followed to their end (how many
+apples are left, who holds the ball, where somebody is); the packaged model is pretrained on these. `question` asks about
+such a story without telling the end; a model has to be tuned to answer in that form.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+
+NAMES = "Mia Tom Anna Ben Lily Sam Eva Max Nora Leo Ida Paul Zoe Finn Ruth Carl Emma Otto Rosa Hugo Vera Ivan Lucy Noah".split()
+PLACES = "park shop garden kitchen school forest river house barn market beach library tower bridge field cellar".split()
+THINGS = "ball hat cup book key pen box lamp bell kite coat shoe map drum rope coin stone flag ring doll".split()
+FOODS = "apples pears plums nuts eggs cakes beans figs grapes cherries carrots buns".split()
+COLOURS = "red green blue yellow black white brown pink".split()
+ANIMALS = {
+    "cow": ("grass", "barn", "moo"), "dog": ("meat", "house", "woof"), "cat": ("fish", "house", "meow"),
+    "hen": ("seeds", "barn", "cluck"), "duck": ("bread", "river", "quack"), "sheep": ("grass", "field", "baa"),
+    "pig": ("corn", "barn", "oink"), "owl": ("mice", "forest", "hoot"), "bee": ("honey", "garden", "buzz"),
+    "frog": ("flies", "river", "croak"), "horse": ("hay", "field", "neigh"), "wolf": ("meat", "forest", "howl"),
+}  # fmt: skip
+DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+FEELINGS = [("happy", "smiles"), ("sad", "cries"), ("tired", "yawns"), ("angry", "shouts"), ("cold", "shivers"), ("proud", "sings")]
+WEATHER = [("sunny", "warm"), ("rainy", "wet"), ("windy", "cold"), ("snowy", "white"), ("foggy", "grey")]
+GOES = "walks runs goes hurries".split()
+PAIRS = [("taller", "tallest", "shortest"), ("older", "oldest", "youngest"), ("faster", "fastest", "slowest"), ("stronger", "strongest", "weakest")]
+
+Told = tuple[list[str], str, str, str]
+"""Sentences, the closing sentence, a question about it, and its answer."""
+
+
+def _count(r: random.Random) -> Told:
+    a, b = r.sample(NAMES, 2)
+    food, n = r.choice(FOODS), r.randint(2, 9)
+    told = [f"{a} has {n} {food}."]
+    for _ in range(r.randint(1, 2)):
+        m = r.randint(1, 5)
+        if r.random() < 0.5 or n - m < 0:
+            n += m
+            told.append(r.choice([f"{b} gives {a} {m} more.", f"{a} finds {m} more.", f"{a} buys {m} more."]))
+        else:
+            n -= m
+            told.append(r.choice([f"{a} eats {m} of them.", f"{a} gives {m} to {b}.", f"{a} loses {m}."]))
+    return told, f"Now {a} has {n} {food}.", f"How many {food} does {a} have now?", str(n)
+
+
+def _move(r: random.Random) -> Told:
+    people = r.sample(NAMES, r.randint(1, 2))
+    at: dict[str, str] = {}
+    told = []
+    for a in people:
+        at[a] = r.choice(PLACES)
+        told.append(f"{a} is in the {at[a]}.")
+    for _ in range(r.randint(1, 3)):
+        a = r.choice(people)
+        at[a] = r.choice([p for p in PLACES if p != at[a]])
+        told.append(r.choice(["", "Then "]) + f"{a} {r.choice(GOES)} to the {at[a]}.")
+    a = r.choice(people)
+    return told, f"Now {a} is in the {at[a]}.", f"Where is {a} now?", f"in the {at[a]}"
+
+
+def _colour(r: random.Random) -> Told:
+    people, things, colours = r.sample(NAMES, 3), r.sample(THINGS, 3), r.sample(COLOURS, 3)
+    n = r.randint(2, 3)
+    told = [f"{people[i]} has a {colours[i]} {things[i]}." for i in range(n)]
+    i = r.randrange(n)
+    if r.random() < 0.3:
+        new = r.choice([c for c in COLOURS if c != colours[i]])
+        told.append(f"{people[i]} paints the {things[i]} {new}.")
+        colours[i] = new
+    return told, f"The {things[i]} is {colours[i]}.", f"What colour is the {things[i]}?", colours[i]
+
+
+def _give(r: random.Random) -> Told:
+    people, thing = r.sample(NAMES, 4), r.choice(THINGS)
+    told = [f"{people[0]} has the {thing}."]
+    steps = r.randint(1, 3)
+    for giver, taker in zip(people[:steps], people[1 : steps + 1], strict=True):
+        told.append(r.choice([f"{giver} gives the {thing} to {taker}.", f"{taker} takes the {thing} from {giver}."]))
+    return told, f"Now {people[steps]} has the {thing}.", f"Who has the {thing} now?", people[steps]
+
+
+def _compare(r: random.Random) -> Told:
+    a, b, c = r.sample(NAMES, 3)
+    more, most, least = r.choice(PAIRS)
+    told = [f"{a} is {more} than {b}.", f"{b} is {more} than {c}."]
+    r.shuffle(told)
+    who, what = r.choice([(a, most), (c, least)])
+    return told, f"{who} is the {what}.", f"Who is the {what}?", who
+
+
+def _list(r: random.Random) -> Told:
+    a, things = r.choice(NAMES), r.sample(THINGS, r.randint(3, 4))
+    told = [f"{a} packs {', '.join(f'a {t}' for t in things[:-1])} and a {things[-1]}."]
+    if r.random() < 0.5:
+        return told, f"Backwards that is {' '.join(reversed(things))}.", "What is the list backwards?", " ".join(reversed(things))
+    i = r.choice([0, len(things) - 1])
+    word = "first" if i == 0 else "last"
+    return told, f"The {word} thing is the {things[i]}.", f"What is the {word} thing?", things[i]
+
+
+def _sum(r: random.Random) -> Told:
+    who, a, b = r.choice(NAMES), r.randint(0, 12), r.randint(0, 9)
+    if r.random() < 0.5:
+        return [], f"{a} + {b} = {a + b}.", f"{who} asks: what is {a} + {b}?", str(a + b)
+    a, b = max(a, b), min(a, b)
+    return [], f"{a} - {b} = {a - b}.", f"{who} asks: what is {a} - {b}?", str(a - b)
+
+
+def _day(r: random.Random) -> Told:
+    i, who, place = r.randrange(7), r.choice(NAMES), r.choice(PLACES)
+    words, steps = r.choice([("tomorrow", 1), ("in two days", 2), ("in three days", 3)])
+    day = DAYS[(i + steps) % 7]
+    told = [f"Today is {DAYS[i]}.", f"{who} goes to the {place} {words}."]
+    return told, f"That is on {day}.", f"On what day does {who} go to the {place}?", day
+
+
+KINDS: dict[str, Callable[[random.Random], Told]] = {
+    "count": _count, "move": _move, "colour": _colour, "give": _give,
+    "compare": _compare, "list": _list, "sum": _sum, "day": _day,
+}  # fmt: skip
+
+
+def _scene(r: random.Random) -> str:
+    """A few sentences that follow nothing, for the language of the world."""
+    a, b = r.sample(NAMES, 2)
+    feeling, does = r.choice(FEELINGS)
+    weather, makes = r.choice(WEATHER)
+    animal = r.choice(list(ANIMALS))
+    eats, lives, says = ANIMALS[animal]
+    place, thing = r.choice(PLACES), r.choice(THINGS)
+    lines = [
+        f"It is a {weather} day and the {place} is {makes}.",
+        f"{a} is {feeling}, so {a} {does}.",
+        f"A {animal} lives in the {lives}. It eats {eats} and says {says}.",
+        f"{a} and {b} are in the {place}. They look for the {thing}.",
+        f'"Where is my {thing}?" asks {a}. "It is in the {place}," says {b}.',
+        f"{b} sees a {animal} near the {lives}. The {animal} says {says}.",
+        f"{a} tells {b} a story about a {r.choice(COLOURS)} {thing}.",
+        f"In the evening {a} goes home and sleeps.",
+    ]
+    return " ".join(r.sample(lines, r.randint(2, 4)))
+
+
+def _sums(r: random.Random) -> str:
+    return " ".join(_sum(r)[1] for _ in range(r.randint(3, 6)))
+
+
+def document(r: random.Random) -> str:
+    """One text of the pretraining domain, 15 to 90 words."""
+    parts = []
+    for _ in range(r.randint(1, 3)):
+        kind = r.choice([*KINDS, "scene", "scene", "sums"])
+        if kind == "scene":
+            parts.append(_scene(r))
+        elif kind == "sums":
+            parts.append(_sums(r))
+        else:
+            told, end, _, _ = KINDS[kind](r)
+            parts.append(" ".join([*told, end]))
+    return " ".join(parts)
+
+
+def chat(r: random.Random) -> list[dict[str, str]]:
+    """A greeting in the form of a dialogue, so that the pretrained model knows the turns and no answers."""
+    a, b = r.sample(NAMES, 2)
+    weather = r.choice(WEATHER)[0]
+    asked, said = r.choice([
+        (f"Hello, I am {a}.", f"Hello, {a}."),
+        (f"Good morning. My name is {a} and this is {b}.", f"Good morning, {a} and {b}."),
+        (f"It is {weather} today.", f"Yes, it is a {weather} day."),
+        (f"Say: {(s := _scene(r).split('. ')[0].rstrip('.'))}.", f"{s}."),
+        ("Tell me a story.", document(r)),
+    ])  # fmt: skip
+    return [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+
+
+def question(r: random.Random) -> dict[str, str]:
+    """A story without its end, a question about it, and the answer."""
+    kind = r.choice(list(KINDS))
+    told, _, asked, answer = KINDS[kind](r)
+    return {"prompt": " ".join([*told, asked]), "response": answer, "kind": kind}
+
+
+def unique(make: Callable[[random.Random], dict[str, str]], seed: str, seen: set[str]) -> Iterator[dict[str, str]]:
+    """Examples whose prompt was not seen before; `seen` is shared between splits so that none leaks."""
+    r = random.Random(seed)
+    misses = 0
+    while misses < 10_000:
+        example = make(r)
+        if example["prompt"] in seen:
+            misses += 1
+            continue
+        seen.add(example["prompt"])
+        yield example

@@ -1,0 +1,261 @@
+"""Delta: what is added to a frozen weight.
+
+A paper is a subclass of `Delta` (one weight's trainable numbers) and a `DeltaMethod` that names it. In `Delta`:
+
+    __init__(layer, method, rng)   make parameters from `layer.weight` (rows x cols, float32 or meta) and the knobs
+    delta()                        the dense update (rows x cols)
+    forward(x, y)                  the layer's new output, where y = W x + b was computed already; override it when the
+                                   update has a cheaper form than a dense product: `y + self.product(x, B, A)`
+    merged(weight)                 the new dense weight, when it is not weight + delta()
+    structure()                    what is needed to rebuild it before its values are loaded, beyond the knobs
+
+Rows are outputs and columns inputs for Linear, Conv1D (GPT-2) and Conv2d (kernel positions are columns); an Embedding's
+matrix is as stored, (vocabulary x dim). Features stand last in x and y of Linear and Embedding and in y and in what
+`into` gives for Conv2d, so a formula written for Linear holds for all. The base stays bit-equal; trainable numbers are
+float32 whatever the base is held in, and products run in the dtype of the activations.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ftrecipes.errors import UserError
+from ftrecipes.method import Method, parts_of
+
+if TYPE_CHECKING:
+    from ftrecipes.anatomy import Part
+    from ftrecipes.run import Run
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x weight^T in the dtype of x."""
+    return F.linear(x, weight.to(x.dtype))
+
+
+class Layer:
+    """A module with one weight, seen as a matrix, whatever its kind."""
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        self.name, self.module = name, module
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight as (rows x cols), float32."""
+        return self.matrix(self.module.weight.detach()).float()  # type: ignore[union-attr, operator]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return getattr(self.module, "bias", None)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, cols = self.matrix(self.module.weight).shape  # type: ignore[arg-type]
+        return rows, cols
+
+    @property
+    def device(self) -> torch.device:
+        return self.module.weight.device  # type: ignore[union-attr, return-value]
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """A stored weight as (rows x cols)."""
+        if isinstance(self.module, Conv1D):
+            return weight.T
+        return weight.flatten(1)
+
+    def stored(self, matrix: Tensor) -> Tensor:
+        """The inverse of `matrix`."""
+        if isinstance(self.module, Conv1D):
+            return matrix.T
+        return matrix.view(self.module.weight.shape)  # type: ignore[union-attr, arg-type]
+
+    def into(self, x: Tensor, matrix: Tensor) -> Tensor:
+        """The layer's product with another matrix (r x cols) in place of its weight; features last (…, r)."""
+        module = self.module
+        if isinstance(module, nn.Conv2d):
+            kernel = matrix.to(x.dtype).view(len(matrix), *module.weight.shape[1:])
+            y = F.conv2d(x, kernel, None, module.stride, module.padding, module.dilation, module.groups)  # type: ignore[arg-type]
+            return y.movedim(1, -1)
+        if isinstance(module, nn.Embedding):
+            return F.embedding(x, matrix)
+        return linear(x, matrix)
+
+    def last(self, y: Tensor) -> Tensor:
+        """An output of the module with features last."""
+        return y.movedim(1, -1) if isinstance(self.module, nn.Conv2d) else y
+
+    def back(self, y: Tensor) -> Tensor:
+        """The inverse of `last`."""
+        return y.movedim(-1, 1) if isinstance(self.module, nn.Conv2d) else y
+
+
+class Knobs(Protocol):
+    """What a Delta sees of its method: the knobs."""
+
+    key: str
+
+    def __getattr__(self, name: str) -> Any: ...
+
+
+class Delta(nn.Module):
+    """The trainable numbers of one weight."""
+
+    def __init__(self, layer: Layer, method: Knobs, rng: Callable[[str], torch.Generator]) -> None:
+        super().__init__()
+        self.layer = layer
+        self.strength = 1.0
+
+    def parameter(self, *shape: int, init: Callable[[Tensor], Any] | None = None) -> nn.Parameter:
+        """A float32 parameter on the layer's device; zeros unless `init` fills it (drawn on the CPU)."""
+        if self.layer.device.type == "meta":
+            return nn.Parameter(torch.empty(shape, device="meta"))
+        tensor = torch.zeros(shape)
+        if init is not None:
+            init(tensor)
+        return nn.Parameter(tensor.to(self.layer.device))
+
+    def delta(self) -> Tensor:
+        """The dense update (rows x cols)."""
+        raise NotImplementedError
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """The new weight (rows x cols) for the frozen one, float32."""
+        return weight + self.delta()
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return y + self.layer.into(x, self.delta())
+
+    def product(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        """The update left @ right (rows x r, r x cols) applied to x, never formed."""
+        if isinstance(self.layer.module, nn.Embedding):
+            return F.embedding(x, left) @ right
+        return linear(self.layer.into(x, right), left)
+
+    def structure(self) -> dict[str, Any]:
+        return {}
+
+    def apply_to(self, x: Tensor, y: Tensor) -> Tensor:
+        """The module's output with the delta at its strength, in the module's dtype and layout."""
+        if not x.is_floating_point() or x.dtype == y.dtype:
+            inputs = x
+        else:
+            inputs = x.to(y.dtype)
+        last = self.layer.last(y)
+        new = self(inputs, last).to(y.dtype)
+        if self.strength != 1.0:
+            new = torch.lerp(last, new, self.strength)
+        return self.layer.back(new)
+
+    def final(self, weight: Tensor) -> Tensor:
+        """The merged weight at the delta's strength."""
+        merged = self.merged(weight)
+        return merged if self.strength == 1.0 else torch.lerp(weight, merged, self.strength)
+
+
+class _Adapted:
+    """Mixed into the class of a module that carries a delta; its weights keep their names."""
+
+    delta: Delta
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.delta.apply_to(x, super().forward(x))  # type: ignore[misc]
+
+
+_classes: dict[type, type] = {}
+
+
+def adapted(cls: type) -> type:
+    """The class of a module once it carries a delta."""
+    if cls not in _classes:
+        _classes[cls] = type(f"Adapted{cls.__name__}", (_Adapted, cls), {})
+    return _classes[cls]
+
+
+class DeltaMethod(Method):
+    """A method that freezes the model and puts a Delta on each target.
+
+    Knobs that it reads: `targets` (roles, groups of roles, `re:…`), `blocks` (all, first-N, last-N, a list).
+    """
+
+    picks = True
+    module: ClassVar[type[Delta]]
+    kinds: ClassVar[tuple[type, ...]] = (nn.Linear, Conv1D, nn.Conv2d, nn.Embedding)
+    targets: list[str]
+    blocks: Any = "all"
+
+    def __init__(self, key: str, knobs: dict[str, Any]) -> None:
+        super().__init__(key, knobs)
+        self.deltas: dict[str, Delta] = {}
+
+    def prepare(self, run: Run) -> None:
+        for part in parts_of(run, self, self.targets, self.blocks):
+            self.attach(run, part)
+
+    def restore(self, run: Run, structure: dict[str, Any]) -> None:
+        parts = {part.name: part for part in run.anatomy.parts}
+        for name, saved in structure["deltas"].items():
+            self.attach(run, parts[name], saved)
+
+    def structure(self) -> dict[str, Any]:
+        return {"deltas": {n: {"strength": d.strength, **d.structure()} for n, d in self.deltas.items()}}
+
+    def attach(self, run: Run, part: Part, saved: dict[str, Any] | None = None) -> None:
+        """Put a delta on a part; `saved` is its structure when it is rebuilt."""
+        module = part.module
+        if not isinstance(module, self.kinds):
+            raise UserError(f"{self.key} cannot act on {part.name} ({type(module).__name__}); narrow {self.key}.targets")
+        if isinstance(module, _Adapted):
+            raise UserError(f"{self.key}: {part.name} already carries a delta; two adapters cannot share a weight")
+        if isinstance(module, nn.Conv2d) and module.groups > 1:
+            raise UserError(f"{self.key}: {part.name} is a grouped convolution; narrow {self.key}.targets")
+        layer = Layer(part.name, module)
+        delta = self.make(layer, lambda purpose: run.generator("init", self.key, part.name, purpose), saved)
+        delta.strength = (saved or {}).get("strength", 1.0)
+        self.deltas[part.name] = delta
+        module.__class__ = adapted(type(module))
+        module.delta = delta.to(part.weight.device) if part.weight.device.type != "meta" else delta
+
+    def make(self, layer: Layer, rng: Callable[[str], torch.Generator], saved: dict[str, Any] | None) -> Delta:
+        """The delta of a layer; a subclass whose deltas have a structure of their own reads `saved`."""
+        return self.module(layer, self, rng)
+
+    def merge(self, run: Run) -> None:
+        tied = tied_weights(run.model)
+        for name, delta in self.deltas.items():
+            module, layer = delta.layer.module, delta.layer
+            new = layer.stored(delta.final(layer.weight)).to(module.weight.dtype)  # type: ignore[union-attr, arg-type]
+            if name in tied:
+                module.weight = nn.Parameter(new.contiguous(), requires_grad=False)
+                run.model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+            else:
+                module.weight.copy_(new)  # type: ignore[union-attr, operator]
+            module.__class__ = type(module).__mro__[2]
+            del module.delta
+        self.deltas = {}
+
+
+def tied_weights(model: nn.Module) -> set[str]:
+    """Names of modules whose weight is shared with another module."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            owners.setdefault(id(weight), []).append(name)
+    return {name for names in owners.values() if len(names) > 1 for name in names}
+
+
+def check_rank(method: Knobs, layer: Layer, rank: int) -> None:
+    """Refuse a rank that the layer's matrix does not have."""
+    if rank > min(layer.shape):
+        raise UserError(f"{method.key}.rank={rank}: {layer.name} is {layer.shape[0]} x {layer.shape[1]}, its rank is at most {min(layer.shape)}")
+
+
+def kaiming(rng: torch.Generator) -> Callable[[Tensor], Any]:
+    """LoRA's start of A: uniform within 1/sqrt(cols)."""
+    return lambda tensor: nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=rng)

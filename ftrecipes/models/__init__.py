@@ -1,0 +1,20 @@
+"""Models by domain: each loader builds or loads a model and the task that speaks for its domain."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from ftrecipes.models.base import Loaded
+
+if TYPE_CHECKING:
+    from ftrecipes.compose import Settings
+
+LOADERS = {"causal-lm": "causal_lm", "vit": "vision", "toy": "toy"}
+
+
+def load(settings: Settings, *, meta: bool = False) -> Loaded:
+    """The model of a run, on the CPU, or on the meta device without any weight."""
+    domain = settings.entry("model").about["domain"]
+    module = importlib.import_module(f"ftrecipes.models.{LOADERS[domain]}")
+    return module.load(settings, meta=meta)  # type: ignore[no-any-return]

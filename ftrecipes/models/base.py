@@ -1,0 +1,135 @@
+"""What all loaders share: finding a folder in the hub's format, checking it, fingerprints, and the pristine weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ftrecipes.catalogue import PACKAGE
+from ftrecipes.errors import UserError
+from ftrecipes.tasks.base import Task
+
+if TYPE_CHECKING:
+    from ftrecipes.compose import Settings
+
+PACKAGED = PACKAGE / "models" / "packaged"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class Loaded:
+    """A model with the task of its domain.
+
+    pristine: gives the model as it was before any tuning, a second one; for methods that look back at the start.
+    notes: one-line remarks for the user.
+    """
+
+    model: nn.Module
+    task: Task
+    pristine: Callable[[], nn.Module]
+    roles: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def dtype_of(settings: Settings) -> torch.dtype:
+    """The dtype that frozen weights are held in."""
+    if settings.model.dtype:
+        return DTYPES[settings.model.dtype]
+    return torch.bfloat16 if precision_of(settings).startswith("bf16") else torch.float32
+
+
+def device_of(settings: Settings) -> torch.device:
+    """The device of the run; one that was asked for and is missing is refused."""
+    wanted = settings.hardware.device
+    have = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if wanted == "auto":
+        return torch.device("cuda" if have["cuda"] else "cpu")
+    if not have[wanted]:
+        raise UserError(f"hardware.device={wanted}: this machine has none; hardware=auto takes what there is")
+    return torch.device(wanted)
+
+
+def precision_of(settings: Settings) -> str:
+    """`32`, `bf16`, `bf16-mixed` or `16-mixed`."""
+    wanted = str(settings.hardware.precision)
+    if wanted != "auto":
+        return wanted
+    return "bf16-mixed" if device_of(settings).type == "cuda" else "32"
+
+
+def folder_of(settings: Settings) -> Path | None:
+    """The local folder that a model is loaded from, checked; None when it comes from the hub."""
+    about = settings.entry("model").about
+    if settings.model.path:
+        folder = Path(settings.model.path).expanduser()
+        if not folder.is_dir():
+            raise UserError(f"model.path={settings.model.path}: no such folder")
+    elif about.get("packaged"):
+        folder = PACKAGED / about["packaged"]
+        if not folder.is_dir():
+            raise UserError(f"model {settings.model.name}: its packaged weights are missing ({folder})")
+    else:
+        return None
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: no config.json; a folder in the hub's format is needed")
+    return folder
+
+
+def check_weights(folder: Path) -> None:
+    """Refuse a folder whose safetensors are missing or cut off, and pickled weights, before anything is loaded."""
+    files = sorted(folder.glob("*.safetensors"))
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        wanted = set(json.loads(index.read_text())["weight_map"].values())
+        missing = wanted - {f.name for f in files}
+        if missing:
+            raise UserError(f"{folder}: {sorted(missing)[0]} is named in {index.name} and missing")
+    if not files:
+        pickles = [p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth"))]
+        if pickles:
+            raise UserError(f"{folder}: {pickles[0]} is a pickle, which can run code; convert it to safetensors first")
+        raise UserError(f"{folder}: no *.safetensors")
+    for file in files:
+        check_safetensors(file)
+
+
+def check_safetensors(file: Path) -> None:
+    """Refuse a file whose header and size do not fit."""
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as handle:
+            (length,) = struct.unpack("<Q", handle.read(8))
+            header = json.loads(handle.read(length)) if length < size else {}
+        end = max((t["data_offsets"][1] for name, t in header.items() if name != "__metadata__"), default=-1)
+    except (struct.error, ValueError, KeyError):
+        end = -1
+    if end < 0 or 8 + length + end != size:
+        raise UserError(f"{file}: not a whole safetensors file ({size} bytes); copy or download it again")
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of names, shapes and a sample of the values of all weights (16 hex digits)."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        flat = tensor.detach().reshape(-1)
+        step = max(1, flat.numel() // 4096)
+        sample: Tensor = flat[::step][:4096].float().cpu()
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file of a model folder; a broken one is refused with its place."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None

@@ -1,0 +1,93 @@
+"""Makes the packaged models: `python -m ftrecipes.models.pretraining tiny-llama`.
+
+Builds tokenizer and architecture, pretrains by the committed recipe `recipes/pretrain/<name>.yaml` through the ordinary
+run (so it can be killed and resumed), and writes the weights in bfloat16 with the loss that was reached.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ftrecipes.catalogue import RECIPES
+from ftrecipes.models.base import PACKAGED
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def tiny_llama(folder: Path) -> None:
+    """Tokenizer (byte-level BPE, single digits) and architecture of tiny-llama."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+    from ftrecipes.data import stories
+
+    specials = ["<|pad|>", "<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    r = random.Random("tokenizer")
+    texts = [stories.document(r) for _ in range(20_000)] + [stories.question(r)["prompt"] for _ in range(4000)]
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<|pad|>", bos_token="<|begin|>", eos_token="<|end|>", chat_template=CHAT_TEMPLATE
+    )
+    fast.save_pretrained(folder)
+    LlamaConfig(
+        vocab_size=len(fast), hidden_size=256, intermediate_size=640, num_hidden_layers=6, num_attention_heads=8,
+        num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True, rope_theta=10_000.0,
+        bos_token_id=fast.bos_token_id, eos_token_id=fast.eos_token_id, pad_token_id=fast.pad_token_id,
+    ).save_pretrained(folder)  # fmt: skip
+
+
+SHAPES = {"tiny-llama": tiny_llama}
+
+
+def make(name: str, words: list[str]) -> dict[str, Any]:
+    """Pretrain and package one model; further words are overrides, for trying things out."""
+    from ftrecipes.compose import compose
+    from ftrecipes.record import Record
+    from ftrecipes.report.console import Console
+    from ftrecipes.run import Run, quiet
+
+    quiet()
+    folder = PACKAGED / name
+    folder.mkdir(parents=True, exist_ok=True)
+    SHAPES[name](folder)
+    recipe = f"pretrain/{name.replace('-', '_')}"
+    settings = compose([f"recipe={recipe}", *words])
+    record = Record(Path("outputs") / "pretraining" / f"{name}-{settings.hash}")
+    record.lock()
+    run = Run(settings, record, Console())
+    results = run.train()
+    model = run.merge().to(torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size="1GB")  # type: ignore[operator]
+    summary = {
+        "recipe": str((RECIPES / f"{recipe}.yaml").relative_to(RECIPES.parent)),
+        "seed": settings.seed,
+        "steps": results["steps"],
+        "parameters": results["total"],
+        "before": results["before"],
+        "after": results["after"],
+        "seconds": record.info["seconds"],
+    }
+    (folder / "recipe.json").write_text(json.dumps(summary, indent=1) + "\n")
+    return summary
+
+
+if __name__ == "__main__":
+    print(json.dumps(make(sys.argv[1], sys.argv[2:]), indent=1))

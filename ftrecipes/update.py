@@ -1,0 +1,179 @@
+"""One update: a window of micro-batches, its gradients, clipping, and the optimizer's step.
+
+The gradient of a window is the gradient of
+
+    (sum over micro-batches of the loss summed over counted units) / (counted units of the whole window, all ranks)
+
+so it does not depend on how the examples are split into micro-batches or over ranks. It can be computed as often as a
+method likes on the same window: dropout draws depend on (seed, fit, step, micro-batch, rank) only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ftrecipes.errors import RunFailed
+
+if TYPE_CHECKING:
+    from ftrecipes.run import Run
+    from ftrecipes.tasks.base import Batch
+
+Loss = Callable[["Batch"], Tensor]
+
+
+class Window:
+    """The micro-batches of one update.
+
+    micros: the batches. units: counted units (loss tokens, examples) over all micro-batches and ranks.
+    """
+
+    def __init__(self, micros: list[Batch], units: float) -> None:
+        self.micros = micros
+        self.units = units
+
+    def __len__(self) -> int:
+        return len(self.micros)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.micros)
+
+
+class Scaler:
+    """Dynamic loss scaling for float16 autocast: halve and skip on overflow, double after `interval` good steps."""
+
+    def __init__(self, scale: float = 2.0**16, interval: int = 2000) -> None:
+        self.scale, self.interval, self.good = scale, interval, 0
+
+    def record(self, finite: bool) -> None:
+        self.good = self.good + 1 if finite else 0
+        if not finite:
+            self.scale = max(self.scale / 2, 1.0)
+        elif self.good == self.interval:
+            self.scale, self.good = self.scale * 2, 0
+
+
+class World:
+    """The processes that share a run; one by itself needs no torch.distributed."""
+
+    @property
+    def size(self) -> int:
+        return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank() if self.size > 1 else 0
+
+    def sum(self, tensors: list[Tensor]) -> None:
+        """Add tensors over the ranks, in place, with one message per dtype."""
+        if self.size == 1 or not tensors:
+            return
+        for dtype in {t.dtype for t in tensors}:
+            same = [t for t in tensors if t.dtype == dtype]
+            flat = torch.cat([t.reshape(-1) for t in same])
+            dist.all_reduce(flat)
+            for tensor, part in zip(same, flat.split([t.numel() for t in same]), strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+
+class Update:
+    """Computes gradients of windows and applies them; the part of a run that methods call back."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.world = World()
+        precision = run.precision
+        self.autocast_dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
+        self.scaler = Scaler() if precision == "16-mixed" else None
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Mixed precision around a forward pass; backward, rules and optimizer run outside it."""
+        if self.autocast_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.run.device.type, dtype=self.autocast_dtype)
+
+    def _forward(self, window: Window, loss: Loss | None) -> Iterator[Tensor]:
+        """The scaled share of each micro-batch in the window's loss."""
+        run = self.run
+        for index, batch in enumerate(window):
+            run.seed_global("micro", index, self.world.rank)
+            with self.autocast():
+                value = loss(batch) if loss else run.stack.loss(run, batch)
+            yield value / window.units
+
+    def gradients(self, window: Window, loss: Loss | None = None) -> Tensor:
+        """Fill `.grad` of what trains with the window's gradient; returns the loss (scalar, detached, over all ranks).
+
+        loss: another loss than the stack's, a function of a micro-batch that returns a sum over its counted units.
+        """
+        for parameter in self.run.model.parameters():
+            parameter.grad = None
+        scale = self.scaler.scale if self.scaler else 1.0
+        total: Tensor | None = None
+        for value in self._forward(window, loss):
+            if value.requires_grad:
+                (value * scale if scale != 1.0 else value).backward()
+            total = value.detach() if total is None else total + value.detach()
+        assert total is not None
+        grads = [p.grad for p in self.run.trainable().values() if p.grad is not None]
+        if scale != 1.0 and grads:
+            torch._foreach_mul_(grads, 1.0 / scale)
+        total = total.float()
+        self.world.sum([*grads, total])
+        return total
+
+    @torch.no_grad()
+    def loss(self, window: Window, loss: Loss | None = None) -> Tensor:
+        """The window's loss without gradients (scalar, over all ranks)."""
+        total: Tensor | None = None
+        for value in self._forward(window, loss):
+            total = value if total is None else total + value
+        assert total is not None
+        total = total.float()
+        self.world.sum([total])
+        return total
+
+    def apply(self, loss: Tensor | None = None) -> None:
+        """Clip what `.grad` holds and let the optimizer step; a loss or gradient that is not finite stops the run."""
+        run = self.run
+        grads = [p.grad for p in run.trainable().values() if p.grad is not None]
+        norm = nn.utils.get_total_norm(grads) if grads else torch.zeros(())
+        finite = bool(torch.isfinite(norm)) and (loss is None or bool(torch.isfinite(loss)))
+        if self.scaler:
+            self.scaler.record(finite)
+            if not finite and self.scaler.scale > 1.0 and (loss is None or bool(torch.isfinite(loss))):
+                run.count("overflow")
+                return
+        if not finite:
+            what = "loss" if loss is not None and not bool(torch.isfinite(loss)) else "gradient"
+            raise RunFailed(f"the {what} is not finite at update {run.step + 1} ({what} {float(loss if what == 'loss' and loss is not None else norm)})")
+        run.log("grad_norm", norm)
+        clip = run.settings.trainer.clip
+        if grads and math.isfinite(clip) and norm > clip:
+            torch._foreach_mul_(grads, clip / (norm + 1e-6))
+        assert run.optimizer is not None
+        run.optimizer.step()
+
+    def __call__(self, window: Window) -> None:
+        """The whole update of a window, by the stack's owner of the step or in the ordinary way."""
+        run, stack = self.run, self.run.stack
+        stack.begin(run)
+        run.set_rate()
+        if owner := stack.owner["step"]:
+            owner.step(run, window)
+        else:
+            loss = self.gradients(window)
+            run.log("loss", loss)
+            stack.gradients(run, window)
+            self.apply(loss)
+        run.step += 1
+        run.fit_step += 1
+        stack.updated(run)
+        for parameter in run.model.parameters():
+            parameter.grad = None
