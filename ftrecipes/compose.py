@@ -315,6 +315,7 @@ def _baseline(choices: tuple[str, ...]) -> dict[str, Any]:
 
 def resolve(values: dict[str, Any], words: Sequence[str] = ()) -> Settings:
     """Check a composition against the schema and the rules of stacking, and fill what is on auto."""
+    _follow_lead(values, words)
     known = {"", *catalogue.GROUPS}
     entries: list[Entry] = [root()]
     for group in catalogue.GROUPS:
@@ -341,13 +342,27 @@ def resolve(values: dict[str, Any], words: Sequence[str] = ()) -> Settings:
     if not values.get("method"):
         raise UserError("method is empty; `method=full` trains every weight (ftr ls methods)")
     settings = Settings(values=box(values), overrides=list(words))
-    stacking.check(settings)
     _fill(settings, declared)
+    stacking.check(settings)
     for path, knob in declared.items():
         wrong = schema.problem(lookup(settings.values, path), knob)
         if wrong:
             raise UserError(f"{path} {wrong} ({settings.origin.get(path, 'set')})")
     return settings
+
+
+def _follow_lead(values: dict[str, Any], words: Sequence[str]) -> None:
+    """Where two methods bring different optimizers or schedules, the lead's stands, not the one composed last."""
+    methods = [catalogue.get("method", name) for name in values.get("method") or {}]
+    methods.sort(key=lambda m: "picks" not in m.about)
+    for group in ("optimizer", "schedule"):
+        brought = [m.brings[group] for m in methods if group in m.brings]
+        asked = any(word.split("=")[0] == group for word in words)
+        now = values.get(group) or {}
+        if asked or len(set(brought)) < 2 or now.get("name") not in brought[1:] or now["name"] == brought[0]:
+            continue
+        wanted = catalogue.get(group, brought[0]).values()
+        values[group] = {key: now[key] if key in now and key != "name" else value for key, value in wanted.items()}
 
 
 def _inside(path: str, declared: Iterable[str]) -> bool:
@@ -384,7 +399,7 @@ def _fill(settings: Settings, declared: Mapping[str, Mapping[str, Any]]) -> None
             if now is None:
                 assign(values, path, value)
                 settings.origin[path] = f"{method.name}, {size}"
-            elif now != value and path in settings.origin:
+            elif now != value and path in settings.origin and method.name in settings.values.method:
                 settings.overridden.append(f"{method.name} would have {path}={value}; {settings.origin[path]} has {now}")
     for path, knob in declared.items():
         if lookup(values, path) is None and size in knob:

@@ -71,6 +71,8 @@ class Run:
         self.touched: set[str] = set()
         self.base_names: set[str] = set()
         self.stopping: str | None = None
+        self.remarks: list[str] = []
+        self.results: dict[str, Any] = {}
         self.best: dict[str, Any] = {}
         self._trainable: dict[str, nn.Parameter] = {}
         self._row: dict[str, Any] = {}
@@ -179,6 +181,12 @@ class Run:
     def seed_global(self, *key: object) -> None:
         """Seed torch's global generator (dropout) for this fit, step and purpose."""
         torch.manual_seed(derive(self.seed, self.fit_index, self.step, *key))
+
+    def say(self, sentence: str) -> None:
+        """A remark for the user, on the console and in the record."""
+        self.remarks.append(sentence)
+        if self.console:
+            self.console.line(f"note: {sentence}")
 
     def log(self, name: str, value: Any) -> None:
         """A number of this update; the last value before a row is written stands in it."""
@@ -515,6 +523,7 @@ class Run:
         self.stack.finish(self)
         after = {s: self.evaluate(s) for s in ("validation", "test", "retain")}
         results = {
+            **self.results,
             "before": before,
             "after": after,
             "steps": self.step,

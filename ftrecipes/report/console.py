@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console as Rich
@@ -26,6 +28,15 @@ class Console:
 
     def line(self, text: str) -> None:
         self.err.print(text, markup=False, soft_wrap=True)
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """While the libraries are imported."""
+        if not self.err.is_terminal:
+            yield
+            return
+        with self.err.status("loading torch"):
+            yield
 
     def begin(self, run: Run) -> None:
         settings = run.settings

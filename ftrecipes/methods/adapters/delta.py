@@ -9,10 +9,10 @@ A paper is a subclass of `Delta` (one weight's trainable numbers) and a `DeltaMe
     merged(weight)                 the new dense weight, when it is not weight + delta()
     structure()                    what is needed to rebuild it before its values are loaded, beyond the knobs
 
-Rows are outputs and columns inputs for Linear, Conv1D (GPT-2) and Conv2d (kernel positions are columns); an Embedding's
-matrix is as stored, (vocabulary x dim). Features stand last in x and y of Linear and Embedding and in y and in what
-`into` gives for Conv2d, so a formula written for Linear holds for all. The base stays bit-equal; trainable numbers are
-float32 whatever the base is held in, and products run in the dtype of the activations.
+Rows are outputs and columns inputs, for Linear, Conv1D (GPT-2), Conv2d (columns are kernel positions) and Embedding (rows
+are its dimensions, columns its tokens) alike. Features stand last in y and in what `into` gives, so a formula written for
+Linear holds for all. The base stays bit-equal; trainable numbers are float32 whatever the base is held in, and products
+run in the dtype of the activations.
 """
 
 from __future__ import annotations
@@ -65,13 +65,11 @@ class Layer:
 
     def matrix(self, weight: Tensor) -> Tensor:
         """A stored weight as (rows x cols)."""
-        if isinstance(self.module, Conv1D):
-            return weight.T
-        return weight.flatten(1)
+        return weight.T if isinstance(self.module, (Conv1D, nn.Embedding)) else weight.flatten(1)
 
     def stored(self, matrix: Tensor) -> Tensor:
         """The inverse of `matrix`."""
-        if isinstance(self.module, Conv1D):
+        if isinstance(self.module, (Conv1D, nn.Embedding)):
             return matrix.T
         return matrix.view(self.module.weight.shape)  # type: ignore[union-attr, arg-type]
 
@@ -83,7 +81,7 @@ class Layer:
             y = F.conv2d(x, kernel, None, module.stride, module.padding, module.dilation, module.groups)  # type: ignore[arg-type]
             return y.movedim(1, -1)
         if isinstance(module, nn.Embedding):
-            return F.embedding(x, matrix)
+            return F.embedding(x, matrix.T)
         return linear(x, matrix)
 
     def last(self, y: Tensor) -> Tensor:
@@ -133,8 +131,6 @@ class Delta(nn.Module):
 
     def product(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
         """The update left @ right (rows x r, r x cols) applied to x, never formed."""
-        if isinstance(self.layer.module, nn.Embedding):
-            return F.embedding(x, left) @ right
         return linear(self.layer.into(x, right), left)
 
     def structure(self) -> dict[str, Any]:
@@ -142,12 +138,8 @@ class Delta(nn.Module):
 
     def apply_to(self, x: Tensor, y: Tensor) -> Tensor:
         """The module's output with the delta at its strength, in the module's dtype and layout."""
-        if not x.is_floating_point() or x.dtype == y.dtype:
-            inputs = x
-        else:
-            inputs = x.to(y.dtype)
         last = self.layer.last(y)
-        new = self(inputs, last).to(y.dtype)
+        new = self(x.to(y.dtype) if x.is_floating_point() else x, last).to(y.dtype)
         if self.strength != 1.0:
             new = torch.lerp(last, new, self.strength)
         return self.layer.back(new)
@@ -215,7 +207,7 @@ class DeltaMethod(Method):
         if isinstance(module, nn.Conv2d) and module.groups > 1:
             raise UserError(f"{self.key}: {part.name} is a grouped convolution; narrow {self.key}.targets")
         layer = Layer(part.name, module)
-        delta = self.make(layer, lambda purpose: run.generator("init", self.key, part.name, purpose), saved)
+        delta = self.make(layer, lambda purpose: run.generator("init", part.name, purpose), saved)
         delta.strength = (saved or {}).get("strength", 1.0)
         self.deltas[part.name] = delta
         module.__class__ = adapted(type(module))

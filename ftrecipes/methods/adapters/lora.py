@@ -26,8 +26,12 @@ class LowRank(Delta):
         super().__init__(layer, method, rng)
         rank, (rows, cols) = method.rank, layer.shape
         check_rank(method, layer, rank)
-        self.A = self.parameter(rank, cols, init=kaiming(rng("A")))
-        self.B = self.parameter(rows, rank)
+        if isinstance(layer.module, nn.Embedding):  # as in loralib: the factor of the tokens is the zero one
+            self.A = self.parameter(rank, cols)
+            self.B = self.parameter(rows, rank, init=lambda t: t.normal_(generator=rng("B")))
+        else:
+            self.A = self.parameter(rank, cols, init=kaiming(rng("A")))
+            self.B = self.parameter(rows, rank)
         self.scale = method.alpha / (math.sqrt(rank) if getattr(method, "rslora", False) else rank)
         self.dropout = nn.Dropout(method.dropout)
 

@@ -1,0 +1,45 @@
+"""LISA: Layerwise Importance Sampling for Memory-Efficient Large Language Model Fine-Tuning (arXiv 2403.17919).
+
+Embedding, final norm and head always train. Of the N blocks exactly `gamma` do, drawn uniformly without replacement and
+anew every `interval` updates, so gradients and AdamW's moments exist for gamma blocks only. At a switch the moments of
+all blocks are dropped, also of a block that is drawn twice running (as the public code does; `keep_state` keeps them, as
+its first version did).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from ftrecipes.errors import UserError
+from ftrecipes.methods.schedules.activity import Activity
+
+if TYPE_CHECKING:
+    from ftrecipes.run import Run
+
+
+class LISA(Activity):
+    """Redraws which blocks train."""
+
+    gamma: int
+    interval: int
+    keep_state: bool
+    weights: list[float] | None
+
+    def prepare(self, run: Run) -> None:
+        super().prepare(run)
+        self.drop_state = not self.keep_state
+        count = len(run.anatomy.blocks)
+        if self.gamma > count:
+            raise UserError(f"lisa.gamma={self.gamma}: the model has {count} blocks")
+        if self.weights is not None and len(self.weights) != count:
+            raise UserError(f"lisa.weights: {len(self.weights)} given, the model has {count} blocks")
+
+    def due(self, run: Run) -> bool:
+        return run.step % self.interval == 0
+
+    def awake(self, run: Run) -> list[int]:
+        period = run.step // self.interval
+        chances = torch.ones(len(run.anatomy.blocks)) if self.weights is None else torch.tensor(self.weights)
+        return torch.multinomial(chances, self.gamma, generator=run.generator("lisa", period)).tolist()

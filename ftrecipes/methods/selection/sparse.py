@@ -1,0 +1,221 @@
+"""Sparse selection: of each target weight only chosen entries train, and only they have gradients and optimizer state.
+
+A paper subclasses `SparseMethod` and gives
+
+    select(run, part)    flat positions (k,) of the entries of `part.weight` that train now
+    due(run)             whether they are selected anew after this update (never, by default)
+
+The chosen values of a weight live in one compact vector, the parameter that the optimizer sees. Each forward pass writes
+them into the weight, and the backward pass forms the dense gradient of one layer at a time, keeps the chosen entries and
+drops the rest; memory for gradients and moments falls with the density. When entries are selected anew, what an
+optimizer remembers is carried over by position (`carry`): entries that stay keep it, newcomers start at zero, and a
+leaver's weight stays where it was moved to.
+
+The record holds the entries that were ever chosen and their values, never the whole weight.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ftrecipes.errors import UserError
+from ftrecipes.method import Method, parts_of
+
+if TYPE_CHECKING:
+    from ftrecipes.anatomy import Part
+    from ftrecipes.run import Run
+
+
+class _Selected(torch.autograd.Function):
+    """A layer's output with the chosen values written into its weight; their gradient alone leaves the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, values: Tensor, index: Tensor, module: nn.Module) -> Tensor:
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        write(weight, index, values)
+        ctx.save_for_backward(x, index)
+        ctx.module, ctx.values_dtype = module, values.dtype
+        return apply(module, x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, index = ctx.saved_tensors
+        module, (g,) = ctx.module, grads
+        weight: Tensor = module.weight.detach()
+        if isinstance(module, nn.Linear):
+            grad_x = g @ weight.to(g.dtype) if ctx.needs_input_grad[0] else None
+            grad_w = g.flatten(0, -2).T @ x.flatten(0, -2).to(g.dtype)
+        else:
+            with torch.enable_grad():
+                w = weight.requires_grad_(True)
+                inputs = x.detach().requires_grad_(x.is_floating_point())
+                y = apply(module, inputs, w)
+            wanted = (w, inputs) if x.is_floating_point() else (w,)
+            found = torch.autograd.grad(y, wanted, g.to(y.dtype))
+            grad_w, grad_x = found[0], found[1] if len(found) > 1 else None
+        grad_x = None if grad_x is None else grad_x.to(x.dtype)
+        return grad_x, grad_w.reshape(-1)[index].to(ctx.values_dtype), None, None
+
+
+def apply(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+    """A module's output without bias, for another weight."""
+    if isinstance(module, nn.Linear):
+        return F.linear(x, weight)
+    if isinstance(module, nn.Conv2d):
+        return F.conv2d(x, weight, None, module.stride, module.padding, module.dilation, module.groups)  # type: ignore[arg-type]
+    if isinstance(module, nn.Embedding):
+        return F.embedding(x, weight)
+    return x @ weight  # Conv1D of GPT-2
+
+
+@torch.no_grad()
+def write(weight: Tensor, index: Tensor, values: Tensor) -> None:
+    """Put values at flat positions of a weight."""
+    weight.view(-1).index_copy_(0, index, values.to(weight.dtype))
+
+
+class Chosen(nn.Module):
+    """The chosen entries of one weight: flat positions and float32 values."""
+
+    index: Tensor
+
+    def __init__(self, weight: Tensor, index: Tensor, values: Tensor | None = None) -> None:
+        super().__init__()
+        self.register_buffer("index", index, persistent=False)
+        start = weight.detach().reshape(-1)[index].float() if values is None else values
+        self.values = nn.Parameter(start)
+
+
+class _Sparse:
+    """Mixed into the class of a module whose weight trains in part."""
+
+    chosen: Chosen
+    bias: Tensor | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = _Selected.apply(x, self.chosen.values, self.chosen.index, self)
+        bias = getattr(self, "bias", None)
+        if bias is None:
+            return y  # type: ignore[no-any-return]
+        return y + (bias[:, None, None] if isinstance(self, nn.Conv2d) else bias)  # type: ignore[no-any-return]
+
+
+_classes: dict[type, type] = {}
+
+
+class SparseMethod(Method):
+    """Base of the methods that train chosen entries. Knobs that it reads: `targets`, `blocks`."""
+
+    picks = True
+    kinds: ClassVar[tuple[str, ...]] = ("Linear", "Conv1D", "Conv2d", "Embedding")
+    targets: list[str]
+    blocks: Any = "all"
+
+    def select(self, run: Run, part: Part) -> Tensor:
+        raise NotImplementedError
+
+    def due(self, run: Run) -> bool:
+        return False
+
+    def carry(self, run: Run, name: str, old: Tensor, new: Tensor) -> None:
+        """Take what the optimizer remembers of a weight's chosen entries from old positions to new ones.
+
+        Vectors of the state that are as long as the values are carried by position; the rest (step counters) stays.
+        """
+        if run.optimizer is None:
+            return
+        values = self.chosen[name].values
+        state = run.optimizer.state.get(values, {})
+        for key, tensor in list(state.items()):
+            if isinstance(tensor, Tensor) and tensor.shape == old.shape:
+                state[key] = carried(old, new, tensor)
+
+    def prepare(self, run: Run) -> None:
+        self.parts = {part.name: part for part in parts_of(run, self, self.targets, self.blocks)}
+        self.ever: dict[str, Tensor] = {}
+        self.chosen: dict[str, Chosen] = {}
+        for name, part in self.parts.items():
+            self.attach(run, part, self.select(run, part))
+
+    def attach(self, run: Run, part: Part, index: Tensor) -> None:
+        """Let these entries of a part train."""
+        module = part.module
+        if type(module).__name__ not in self.kinds:
+            raise UserError(f"{self.key} cannot act on {part.name} ({type(module).__name__}); narrow {self.key}.targets")
+        chosen = Chosen(part.weight, index.to(part.weight.device))
+        module.__class__ = _classes.setdefault(type(module), type(f"Sparse{type(module).__name__}", (_Sparse, type(module)), {}))
+        module.chosen = chosen
+        self.chosen[part.name] = chosen
+        self.ever[part.name] = chosen.index
+
+    def updated(self, run: Run) -> None:
+        if self.due(run):
+            for name, part in self.parts.items():
+                self.reselect(run, name, part)
+            run.count("reselections")
+
+    @torch.no_grad()
+    def reselect(self, run: Run, name: str, part: Part) -> None:
+        """Choose entries anew from the weight as it is now."""
+        chosen = self.chosen[name]
+        write(part.weight, chosen.index, chosen.values)
+        old, new = chosen.index, self.select(run, part).to(chosen.index.device)
+        if len(new) != len(old):
+            raise RuntimeError(f"{self.key}: {name} went from {len(old)} chosen entries to {len(new)}")
+        self.carry(run, name, old, new)
+        run.log("sparse/kept", torch.isin(new, old).float().mean())
+        chosen.index = new
+        # the parameter stays the same object: the optimizer holds it
+        kept = carried(old, new, chosen.values.detach())
+        fresh = part.weight.reshape(-1)[new].float()
+        chosen.values.copy_(torch.where(torch.isin(new, old), kept, fresh))
+        self.ever[name] = torch.cat([self.ever[name], new]).unique()
+
+    def structure(self) -> dict[str, Any]:
+        """Chosen positions, and positions and values of all entries that were ever chosen."""
+        out: dict[str, Any] = {}
+        for name, chosen in self.chosen.items():
+            weight = self.parts[name].weight
+            write(weight, chosen.index, chosen.values)
+            ever = self.ever[name]
+            out[name] = {"index": chosen.index, "ever": ever, "moved": weight.detach().reshape(-1)[ever]}
+        return {"chosen": out}
+
+    def restore(self, run: Run, structure: dict[str, Any]) -> None:
+        parts = {part.name: part for part in run.anatomy.parts}
+        self.parts = {name: parts[name] for name in structure["chosen"]}
+        self.ever, self.chosen = {}, {}
+        for name, saved in structure["chosen"].items():
+            part = self.parts[name]
+            write(part.weight, saved["ever"].to(part.weight.device), saved["moved"].to(part.weight.device))
+            self.attach(run, part, saved["index"])
+            self.ever[name] = saved["ever"].to(part.weight.device)
+
+    def finish(self, run: Run) -> None:
+        for name, chosen in self.chosen.items():
+            write(self.parts[name].weight, chosen.index, chosen.values)
+
+    def merge(self, run: Run) -> None:
+        self.finish(run)
+        for part in self.parts.values():
+            part.module.__class__ = type(part.module).__mro__[2]
+            del part.module.chosen
+
+
+def carried(old: Tensor, new: Tensor, values: Tensor) -> Tensor:
+    """Values by position from old to new positions; zero where a position is new."""
+    sorted_old, by = old.sort()
+    place = torch.searchsorted(sorted_old, new).clamp_max(len(old) - 1)
+    found = sorted_old[place] == new
+    return torch.where(found, values[by[place]], torch.zeros((), dtype=values.dtype, device=values.device))
+
+
+def largest(score: Tensor, k: int) -> Tensor:
+    """Flat positions of the k largest entries of a score, ascending."""
+    if score.is_meta:
+        return torch.empty(k, dtype=torch.long, device="meta")
+    return score.flatten().topk(k, sorted=False).indices.sort().values
