@@ -84,9 +84,11 @@ class Run:
 
     # -- building -------------------------------------------------------------------------------------------------
 
-    def build(self, *, meta: bool = False, structure: dict[str, Any] | None = None) -> Run:
-        """Load the model and let the methods prepare it; with a structure, rebuild what a record or checkpoint holds."""
-        self.load_model(meta=meta)
+    def build(self, *, data: bool = True, structure: dict[str, Any] | None = None) -> Run:
+        """Load model and data and let the methods prepare; with a structure, rebuild what a record holds."""
+        self.load_model()
+        if data:
+            self.load_data()
         self.prepare(structure)
         return self
 

@@ -47,12 +47,14 @@ def _build(settings: Settings, folder: Path | None, meta: bool) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     about, options = settings.entry("model").about, {"attn_implementation": settings.model.attention}
-    dtype = dtype_of(settings)
+    dtype, changes = dtype_of(settings), dict(settings.model.architecture)
+    if changes and settings.model.weights != "random":
+        raise UserError("model.architecture changes the shapes of weights; it needs model.weights=random")
     if meta or settings.model.weights == "random":
         if folder:
-            config = AutoConfig.from_pretrained(folder, **options)
+            config = AutoConfig.from_pretrained(folder, **options, **changes)
         elif about.get("architecture"):
-            config = AutoConfig.for_model(**about["architecture"], **options)
+            config = AutoConfig.for_model(**{**about["architecture"], **changes}, **options)
         else:
             raise UserError(f"model {settings.model.name} has no architecture in its config; give model.path=<folder>")
         with torch.device("meta" if meta else "cpu"), torch.random.fork_rng(devices=[]):
