@@ -53,6 +53,8 @@ def _matches(value: Any, name: str) -> bool:
         return isinstance(value, int) and not isinstance(value, bool)
     if name == "float":
         return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if name == "dict":
+        return isinstance(value, Mapping)
     return type(value).__name__ == name
 
 
@@ -104,7 +106,8 @@ def problem(value: Any, knob: Mapping[str, Any]) -> str | None:
 
 
 def _wanted(names: list[str]) -> str:
-    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "list": "a list"}
+    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
+    words |= {"list": "a list", "dict": "a mapping"}
     return " or ".join(words.get(name, name) for name in names)
 
 

@@ -68,7 +68,12 @@ class CatalogueSource(ConfigSource):
                 content = {"defaults": [*map(_pull, *zip(*entry.brings.items(), strict=True)), "_self_"], **content}
         else:
             raise ConfigLoadError(f"no {config_path} in the catalogue")
-        return ConfigResult(provider=self.provider, path="ftr://", config=OmegaConf.create(content), header=header)
+        config = OmegaConf.create(content)
+        if group in catalogue.GROUPS:
+            for knob, declared in catalogue.get(group, name).knobs.items():
+                if declared["default"] == {}:  # a knob that holds a mapping takes any key
+                    OmegaConf.set_struct(OmegaConf.select(config, knob), False)
+        return ConfigResult(provider=self.provider, path="ftr://", config=config, header=header)
 
     def is_group(self, config_path: str) -> bool:
         return bool(self.list(config_path, None))
