@@ -52,9 +52,7 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
     """Safe YAML that reads 1e-4 as a number, as Hydra and everybody's eyes do."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789."))
 
 
 def read_yaml(path: Path) -> Any:
@@ -128,7 +126,7 @@ def _parse(group: str, name: str, path: Path, raw: Any, shared: Mapping[str, Any
             what = f"unknown field '{odd[0]}'{nearest(odd[0], FIELDS)}" if odd else "no default"
             raise UserError(f"{path}: knob '{key}': {what}")
         knobs[key] = {**knobs.get(key, {}), **knob}
-    blocks = {block: dict(raw.get(block) or {}) for block in RESERVED - {"knobs"}}
+    blocks: dict[str, Any] = {block: dict(raw.get(block) or {}) for block in RESERVED - {"knobs"}}
     return Entry(group=group, name=name, path=str(path), knobs=knobs, **blocks)
 
 

@@ -182,7 +182,9 @@ def generate(
 
 
 @app.command()
-def merge(run: str, to: Annotated[str | None, typer.Option("--to", help="folder (default: RUN/merged)")] = None, plugin: Plugin = None) -> None:
+def merge(
+    run: str, to: Annotated[str | None, typer.Option("--to", help="folder (default: RUN/merged)")] = None, plugin: Plugin = None
+) -> None:
     """Write the tuned model as plain weights in the hub's format."""
     _plugins(plugin)
     from ftrecipes import export

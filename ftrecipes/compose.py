@@ -32,9 +32,7 @@ from ftrecipes.errors import UserError, nearest
 from ftrecipes.source import root
 
 # What a user may set of Hydra's own config. Everything else there can name code or change the process.
-HYDRA_ALLOWED = re.compile(
-    r"hydra\.(run\.dir|sweep\.(dir|subdir)|verbose|searchpath|mode|output_subdir|job\.name|(launcher|sweeper)\..*)$"
-)
+HYDRA_ALLOWED = re.compile(r"hydra\.(run\.dir|sweep\.(dir|subdir)|verbose|searchpath|mode|output_subdir|job\.name|(launcher|sweeper)\..*)$")
 HYDRA_CHOICES = {"hydra/launcher", "hydra/sweeper", "hydra/sweeper/sampler", "hydra/hydra_logging", "hydra/job_logging"}
 PLUGIN_TARGET = re.compile(r"(hydra\._internal\.core_plugins|hydra_plugins)\.\w+(\.\w+)*$")
 # Settings that cannot change a number of the run: they are left out of its hash.
@@ -245,11 +243,11 @@ def _compose(words: list[str]) -> Settings:
         if "_target_" in path.split("."):
             raise UserError(f"{path}: configs are data, `_target_` is not followed")
     try:
-        values = OmegaConf.to_container(OmegaConf.create(raw), resolve=True)
+        values: Any = OmegaConf.to_container(OmegaConf.create(raw), resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(f"{getattr(error, 'full_key', '')}: {str(error).splitlines()[0]}") from None
-    values.pop("recipe", None)  # type: ignore[union-attr]
-    return resolve(values, words)  # type: ignore[arg-type]
+    values.pop("recipe", None)
+    return resolve(values, words)
 
 
 def _explain(error: Exception, words: Sequence[str]) -> str:
@@ -322,7 +320,7 @@ def resolve(values: dict[str, Any], words: Sequence[str] = ()) -> Settings:
         if group == "method":
             entries += [catalogue.get("method", name) for name in values.get("method") or {}]
         else:
-            entries.append(catalogue.get(group, (values.get(group) or {}).get("name")))
+            entries.append(catalogue.get(group, str((values.get(group) or {}).get("name"))))
     declared = {entry.at(name): knob for entry in entries for name, knob in entry.knobs.items()}
     sections = {path.split(".")[0] for path in declared} | known
     for path, value in list(flatten(values)):

@@ -144,9 +144,9 @@ def task(config: Any) -> float | None:
     words = list(hydra.overrides.task)
     for path in filter(None, os.environ.get("FTR_PLUGINS", "").split(os.pathsep)):
         _plugin_once(path)
-    values = OmegaConf.to_container(config, resolve=True)
-    values.pop("recipe", None)  # type: ignore[union-attr]
-    settings = composition.resolve(values, words)  # type: ignore[arg-type]
+    values: Any = OmegaConf.to_container(config, resolve=True)
+    values.pop("recipe", None)
+    settings = composition.resolve(values, words)
     return execute(settings, Path(hydra.runtime.output_dir))
 
 

@@ -38,7 +38,22 @@ if TYPE_CHECKING:
     from ftrecipes.tasks.base import Batch, Outputs
     from ftrecipes.update import Window
 
-POINTS = "data prepare drive begin batch weights loss penalty gradients step optimizer updated finish sample".split()
+POINTS = [
+    "data",
+    "prepare",
+    "drive",
+    "begin",
+    "batch",
+    "weights",
+    "loss",
+    "penalty",
+    "gradients",
+    "step",
+    "optimizer",
+    "updated",
+    "finish",
+    "sample",
+]
 
 
 class Method:
@@ -54,6 +69,8 @@ class Method:
     def __init__(self, key: str, knobs: dict[str, Any]) -> None:
         self.key = key
         for name, value in knobs.items():
+            if hasattr(Method, name):
+                raise TypeError(f"method {key}: a knob cannot be called {name}, which is part of Method")
             setattr(self, name, value)
 
     def __repr__(self) -> str:

@@ -16,7 +16,9 @@ from torch import nn
 from ftrecipes.errors import UserError
 
 
-def build(name: str, groups: list[dict[str, Any]], knobs: dict[str, Any], in_block: Callable[[nn.Parameter], bool]) -> torch.optim.Optimizer:
+def build(
+    name: str, groups: list[dict[str, Any]], knobs: dict[str, Any], in_block: Callable[[nn.Parameter], bool]
+) -> torch.optim.Optimizer:
     """An optimizer over parameter groups.
 
     Args:
@@ -62,7 +64,11 @@ def _muon(groups: list[dict[str, Any]], knobs: dict[str, Any], in_block: Callabl
             rest.append({**group, "params": outer, "lr": group["lr"] * ratio, "peak": group["peak"] * ratio})
     parts: list[torch.optim.Optimizer] = []
     if matrices:
-        parts.append(torch.optim.Muon(matrices, momentum=knobs["momentum"], nesterov=knobs["nesterov"], ns_steps=knobs["ns_steps"], adjust_lr_fn="match_rms_adamw"))
+        parts.append(
+            torch.optim.Muon(
+                matrices, momentum=knobs["momentum"], nesterov=knobs["nesterov"], ns_steps=knobs["ns_steps"], adjust_lr_fn="match_rms_adamw"
+            )
+        )
     if rest:
         parts.append(torch.optim.AdamW(rest, betas=(0.9, 0.95), foreach=True))
     return parts[0] if len(parts) == 1 else Together(parts)

@@ -1,10 +1,10 @@
 """The folder of a run: its settings, metrics, checkpoints and the tuned weights, each written whole or not at all.
 
-    config.yaml      the resolved settings
-    run.json         status, command, versions, seed, fingerprint of the base, results
-    metrics.jsonl    one row per logged update and per evaluation (metrics.csv beside it at the end)
-    checkpoints/N/   state.pt (plain types and tensors), weights.safetensors; the newest ones
-    tuned/           weights.safetensors and structure.json: what differs from the base, no second copy of the rest
+config.yaml      the resolved settings
+run.json         status, command, versions, seed, fingerprint of the base, results
+metrics.jsonl    one row per logged update and per evaluation (metrics.csv beside it at the end)
+checkpoints/N/   state.pt (plain types and tensors), weights.safetensors; the newest ones
+tuned/           weights.safetensors and structure.json: what differs from the base, no second copy of the rest
 """
 
 from __future__ import annotations

@@ -106,8 +106,8 @@ def method_class(key: str) -> type[Method]:
     files = sorted((catalogue.PACKAGE / "methods").glob(f"*/{key}.py"))
     if not files:
         raise UserError(f"method {key} has a config and no code (ftrecipes/methods/*/{key}.py)")
-    module = importlib.import_module(f"ftrecipes.methods.{files[0].parent.name}.{key}")
-    own = [c for c in vars(module).values() if inspect.isclass(c) and issubclass(c, Method) and c.__module__ == module.__name__]
+    found = importlib.import_module(f"ftrecipes.methods.{files[0].parent.name}.{key}")
+    own = [c for c in vars(found).values() if inspect.isclass(c) and issubclass(c, Method) and c.__module__ == found.__name__]
     if len(own) != 1:
         raise UserError(f"{files[0]}: must hold exactly one subclass of Method, holds {len(own)}")
     return own[0]

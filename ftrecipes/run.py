@@ -619,11 +619,15 @@ class Run:
         record = Record(folder)
         values, info = record.config, record.info
         if not (record.folder / "tuned").is_dir():
-            raise UserError(f"{folder}: this run has no tuned weights (status {info.get('status', 'unknown')}); finish it with resume={folder}")
+            raise UserError(
+                f"{folder}: this run has no tuned weights (status {info.get('status', 'unknown')}); finish it with resume={folder}"
+            )
         run = cls(resolve(values))
         run.load_model()
         if info["base"] != run.fingerprint:
-            raise UserError(f"{folder}: tuned from another base (fingerprint {info['base']}, here {run.fingerprint}); give the model it was tuned from")
+            raise UserError(
+                f"{folder}: tuned from another base (fingerprint {info['base']}, here {run.fingerprint}); give the model it was tuned from"
+            )
         tuned = load_tuned(record)
         if data:
             run.load_data()

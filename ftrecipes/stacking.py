@@ -78,8 +78,7 @@ def _clash(settings: Settings, a: Entry, b: Entry) -> str | None:
             return f"{whole.name} trains every weight, the other freezes them; keep one of them"
         if both:
             return (
-                f"both act on the same weights ({', '.join(sorted(both))}); keep one, or give them different targets "
-                f"({a.at('targets')}=…)"
+                f"both act on the same weights ({', '.join(sorted(both))}); keep one, or give them different targets ({a.at('targets')}=…)"
             )
     if a.about.get("whole") and "picks" in b.about and "all" not in roles(settings, b):
         return f"{a.name} needs every weight to be trainable, {b.name} freezes them"

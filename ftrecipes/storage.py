@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,4 +122,4 @@ def join(node: Any, tensors: dict[str, Tensor]) -> Any:
 
 def size_of(folder: Path) -> int:
     """Bytes of all files below a folder."""
-    return sum(os.path.getsize(p) for p in folder.rglob("*") if p.is_file())
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())

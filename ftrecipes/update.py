@@ -152,7 +152,9 @@ class Update:
                 return
         if not finite:
             what = "loss" if loss is not None and not bool(torch.isfinite(loss)) else "gradient"
-            raise RunFailed(f"the {what} is not finite at update {run.step + 1} ({what} {float(loss if what == 'loss' and loss is not None else norm)})")
+            raise RunFailed(
+                f"the {what} is not finite at update {run.step + 1} ({what} {float(loss if what == 'loss' and loss is not None else norm)})"
+            )
         run.log("grad_norm", norm)
         clip = run.settings.trainer.clip
         if grads and math.isfinite(clip) and norm > clip:

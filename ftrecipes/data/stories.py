@@ -10,22 +10,90 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 
-NAMES = "Mia Tom Anna Ben Lily Sam Eva Max Nora Leo Ida Paul Zoe Finn Ruth Carl Emma Otto Rosa Hugo Vera Ivan Lucy Noah".split()
-PLACES = "park shop garden kitchen school forest river house barn market beach library tower bridge field cellar".split()
-THINGS = "ball hat cup book key pen box lamp bell kite coat shoe map drum rope coin stone flag ring doll".split()
-FOODS = "apples pears plums nuts eggs cakes beans figs grapes cherries carrots buns".split()
-COLOURS = "red green blue yellow black white brown pink".split()
+NAMES = [
+    "Mia",
+    "Tom",
+    "Anna",
+    "Ben",
+    "Lily",
+    "Sam",
+    "Eva",
+    "Max",
+    "Nora",
+    "Leo",
+    "Ida",
+    "Paul",
+    "Zoe",
+    "Finn",
+    "Ruth",
+    "Carl",
+    "Emma",
+    "Otto",
+    "Rosa",
+    "Hugo",
+    "Vera",
+    "Ivan",
+    "Lucy",
+    "Noah",
+]
+PLACES = [
+    "park",
+    "shop",
+    "garden",
+    "kitchen",
+    "school",
+    "forest",
+    "river",
+    "house",
+    "barn",
+    "market",
+    "beach",
+    "library",
+    "tower",
+    "bridge",
+    "field",
+    "cellar",
+]
+THINGS = [
+    "ball",
+    "hat",
+    "cup",
+    "book",
+    "key",
+    "pen",
+    "box",
+    "lamp",
+    "bell",
+    "kite",
+    "coat",
+    "shoe",
+    "map",
+    "drum",
+    "rope",
+    "coin",
+    "stone",
+    "flag",
+    "ring",
+    "doll",
+]
+FOODS = ["apples", "pears", "plums", "nuts", "eggs", "cakes", "beans", "figs", "grapes", "cherries", "carrots", "buns"]
+COLOURS = ["red", "green", "blue", "yellow", "black", "white", "brown", "pink"]
 ANIMALS = {
     "cow": ("grass", "barn", "moo"), "dog": ("meat", "house", "woof"), "cat": ("fish", "house", "meow"),
     "hen": ("seeds", "barn", "cluck"), "duck": ("bread", "river", "quack"), "sheep": ("grass", "field", "baa"),
     "pig": ("corn", "barn", "oink"), "owl": ("mice", "forest", "hoot"), "bee": ("honey", "garden", "buzz"),
     "frog": ("flies", "river", "croak"), "horse": ("hay", "field", "neigh"), "wolf": ("meat", "forest", "howl"),
 }  # fmt: skip
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
 FEELINGS = [("happy", "smiles"), ("sad", "cries"), ("tired", "yawns"), ("angry", "shouts"), ("cold", "shivers"), ("proud", "sings")]
 WEATHER = [("sunny", "warm"), ("rainy", "wet"), ("windy", "cold"), ("snowy", "white"), ("foggy", "grey")]
-GOES = "walks runs goes hurries".split()
-PAIRS = [("taller", "tallest", "shortest"), ("older", "oldest", "youngest"), ("faster", "fastest", "slowest"), ("stronger", "strongest", "weakest")]
+GOES = ["walks", "runs", "goes", "hurries"]
+PAIRS = [
+    ("taller", "tallest", "shortest"),
+    ("older", "oldest", "youngest"),
+    ("faster", "fastest", "slowest"),
+    ("stronger", "strongest", "weakest"),
+]
 
 Told = tuple[list[str], str, str, str]
 """Sentences, the closing sentence, a question about it, and its answer."""

@@ -34,10 +34,7 @@ def build(knobs: dict[str, Any], domain: str) -> Splits:
     """Questions by split, none in two of them; stories of the pretraining domain are what may be forgotten."""
     seen: set[str] = set()
     sizes = {"test": 500, "validation": 500, "train": knobs["size"]}  # train last: test never depends on its size
-    splits = {
-        name: list(itertools.islice(stories.unique(stories.question, f"storyqa/{name}", seen), size))
-        for name, size in sizes.items()
-    }
+    splits = {name: list(itertools.islice(stories.unique(stories.question, f"storyqa/{name}", seen), size)) for name, size in sizes.items()}
     return Splits(splits["train"], splits["validation"], splits["test"], HELD_OUT, "stories")
 
 

@@ -14,7 +14,7 @@ def build(knobs: dict[str, Any], domain: str) -> Splits:
     """x standard normal (or the unit vectors), y = T x + noise for a random teacher T of variance 1/inputs."""
     inputs, outputs = knobs["inputs"], knobs["outputs"]
     teacher = torch.randn(outputs, inputs, generator=generator("teacher", knobs["teacher"]), dtype=torch.float64) / inputs**0.5
-    splits = {}
+    splits: dict[str, Any] = {}
     for name, n in (("train", knobs["size"]), ("validation", 200), ("test", 200)):
         rng = generator("rows", knobs["teacher"], name)
         x = torch.eye(inputs, dtype=torch.float64) if knobs["unit"] else torch.randn(n, inputs, generator=rng, dtype=torch.float64)

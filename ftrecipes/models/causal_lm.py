@@ -65,14 +65,14 @@ def _build(settings: Settings, folder: Path | None, meta: bool) -> nn.Module:
     if not folder and not about.get("hub"):
         raise UserError(f"model {settings.model.name} is a shape without weights of its own; give model.path=<folder>")
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder or about["hub"], dtype=dtype, use_safetensors=True, output_loading_info=True, **options
-        )
+        loading: Any = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True, **options}
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder or about["hub"], **loading)
     except (OSError, ValueError) as error:
         where = folder or f"hub {about['hub']}"
         reason = " ".join(str(error).split())[:200]
         hint = "" if folder else "; give model.path=<folder> with a local copy, or model.weights=random"
         raise UserError(f"model {settings.model.name}: cannot load {where}: {reason}{hint}") from None
+    model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:
         raise UserError(f"{folder or about['hub']}: {len(missing)} weights are missing, {missing[0]} first")

@@ -49,7 +49,7 @@ def tiny_llama(folder: Path) -> None:
     fast.save_pretrained(folder)
     LlamaConfig(
         vocab_size=len(fast), hidden_size=256, intermediate_size=640, num_hidden_layers=6, num_attention_heads=8,
-        num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True, rope_theta=10_000.0,
+        num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True,
         bos_token_id=fast.bos_token_id, eos_token_id=fast.eos_token_id, pad_token_id=fast.pad_token_id,
     ).save_pretrained(folder)  # fmt: skip
 

@@ -41,7 +41,9 @@ class Console:
     def begin(self, run: Run) -> None:
         settings = run.settings
         names = "+".join(settings.method)
-        self.line(f"{names} on {settings.model.name} with {settings.data.name}, seed {settings.seed} → {run.record.folder if run.record else 'no record'}")
+        self.line(
+            f"{names} on {settings.model.name} with {settings.data.name}, seed {settings.seed} → {run.record.folder if run.record else 'no record'}"
+        )
         for sentence in [*settings.notes, *settings.overridden]:
             self.line(f"note: {sentence}")
         if not run.stack.picks:
@@ -91,7 +93,9 @@ class Console:
         if run.record:
             folder = run.record.folder
             self.out.print(f"record  {folder}", soft_wrap=True)
-            self.out.print(f"next    ftr eval {folder} · ftr generate {folder} · ftr merge {folder} · ftr compare {folder.parent}", soft_wrap=True)
+            self.out.print(
+                f"next    ftr eval {folder} · ftr generate {folder} · ftr merge {folder} · ftr compare {folder.parent}", soft_wrap=True
+            )
 
 
 def _latest(run: Run) -> str:

@@ -29,7 +29,7 @@ class WandB:
         assert run.record
         knobs = run.settings.logger
         key = os.environ.get("WANDB_API_KEY") or _netrc_key()
-        mode = knobs.mode if knobs.mode != "auto" else "online" if key else "offline"
+        mode: Any = knobs.mode if knobs.mode != "auto" else "online" if key else "offline"
         methods = "+".join(run.settings.method)
         os.environ.setdefault("WANDB_SILENT", "true")
         self.run = wandb.init(
@@ -52,7 +52,7 @@ class WandB:
 
     def close(self, status: str) -> None:
         self.run.summary["status"] = status
-        self.run.finish(exit_code=0 if status == "done" else 1, quiet=True)
+        self.run.finish(exit_code=0 if status == "done" else 1)
 
 
 def _netrc_key() -> bool:

@@ -187,11 +187,12 @@ class CausalLM(Task):
     def outputs(self, model: nn.Module, batch: Batch) -> TokenOutputs:
         # No mask: padding stands on the right, where a causal model does not look, and packed examples are told apart
         # by their positions, which begin at 0 (transformers builds the block mask from them).
-        base = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model  # type: ignore[operator]
+        language_model: Any = model
+        base = language_model.get_decoder()
         hidden = base(input_ids=batch["ids"], position_ids=batch["position"], use_cache=False).last_hidden_state
         labels = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE)
         at = labels != IGNORE
-        return TokenOutputs(hidden[at], labels[at], batch["segment"][at], model.get_output_embeddings(), logit_scale(model))
+        return TokenOutputs(hidden[at], labels[at], batch["segment"][at], language_model.get_output_embeddings(), logit_scale(model))
 
     def losses(self, outputs: Outputs, batch: Batch) -> Tensor:
         assert isinstance(outputs, TokenOutputs)

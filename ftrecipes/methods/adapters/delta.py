@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -46,9 +46,14 @@ class Layer:
         self.name, self.module = name, module
 
     @property
+    def raw(self) -> Tensor:
+        """The frozen weight as it is stored."""
+        return self.module.weight.detach()  # type: ignore[union-attr, operator]
+
+    @property
     def weight(self) -> Tensor:
         """The frozen weight as (rows x cols), float32."""
-        return self.matrix(self.module.weight.detach()).float()  # type: ignore[union-attr, operator]
+        return self.matrix(self.raw).float()
 
     @property
     def bias(self) -> Tensor | None:
@@ -56,12 +61,12 @@ class Layer:
 
     @property
     def shape(self) -> tuple[int, int]:
-        rows, cols = self.matrix(self.module.weight).shape  # type: ignore[arg-type]
+        rows, cols = self.matrix(self.raw).shape
         return rows, cols
 
     @property
     def device(self) -> torch.device:
-        return self.module.weight.device  # type: ignore[union-attr, return-value]
+        return self.raw.device
 
     def matrix(self, weight: Tensor) -> Tensor:
         """A stored weight as (rows x cols)."""
@@ -71,13 +76,13 @@ class Layer:
         """The inverse of `matrix`."""
         if isinstance(self.module, (Conv1D, nn.Embedding)):
             return matrix.T
-        return matrix.view(self.module.weight.shape)  # type: ignore[union-attr, arg-type]
+        return matrix.view(self.raw.shape)
 
     def into(self, x: Tensor, matrix: Tensor) -> Tensor:
         """The layer's product with another matrix (r x cols) in place of its weight; features last (…, r)."""
         module = self.module
         if isinstance(module, nn.Conv2d):
-            kernel = matrix.to(x.dtype).view(len(matrix), *module.weight.shape[1:])
+            kernel = matrix.to(x.dtype).view(len(matrix), *self.raw.shape[1:])
             y = F.conv2d(x, kernel, None, module.stride, module.padding, module.dilation, module.groups)  # type: ignore[arg-type]
             return y.movedim(1, -1)
         if isinstance(module, nn.Embedding):
@@ -93,18 +98,10 @@ class Layer:
         return y.movedim(-1, 1) if isinstance(self.module, nn.Conv2d) else y
 
 
-class Knobs(Protocol):
-    """What a Delta sees of its method: the knobs."""
-
-    key: str
-
-    def __getattr__(self, name: str) -> Any: ...
-
-
 class Delta(nn.Module):
     """The trainable numbers of one weight."""
 
-    def __init__(self, layer: Layer, method: Knobs, rng: Callable[[str], torch.Generator]) -> None:
+    def __init__(self, layer: Layer, method: Any, rng: Callable[[str], torch.Generator]) -> None:
         super().__init__()
         self.layer = layer
         self.strength = 1.0
@@ -221,7 +218,7 @@ class DeltaMethod(Method):
         tied = tied_weights(run.model)
         for name, delta in self.deltas.items():
             module, layer = delta.layer.module, delta.layer
-            new = layer.stored(delta.final(layer.weight)).to(module.weight.dtype)  # type: ignore[union-attr, arg-type]
+            new = layer.stored(delta.final(layer.weight)).to(layer.raw.dtype)
             if name in tied:
                 module.weight = nn.Parameter(new.contiguous(), requires_grad=False)
                 run.model.config.tie_word_embeddings = False  # type: ignore[union-attr]
@@ -242,10 +239,12 @@ def tied_weights(model: nn.Module) -> set[str]:
     return {name for names in owners.values() if len(names) > 1 for name in names}
 
 
-def check_rank(method: Knobs, layer: Layer, rank: int) -> None:
+def check_rank(method: Any, layer: Layer, rank: int) -> None:
     """Refuse a rank that the layer's matrix does not have."""
     if rank > min(layer.shape):
-        raise UserError(f"{method.key}.rank={rank}: {layer.name} is {layer.shape[0]} x {layer.shape[1]}, its rank is at most {min(layer.shape)}")
+        raise UserError(
+            f"{method.key}.rank={rank}: {layer.name} is {layer.shape[0]} x {layer.shape[1]}, its rank is at most {min(layer.shape)}"
+        )
 
 
 def kaiming(rng: torch.Generator) -> Callable[[Tensor], Any]:

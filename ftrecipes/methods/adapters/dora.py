@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ftrecipes.methods.adapters.delta import Delta, DeltaMethod, Knobs, Layer
+from ftrecipes.methods.adapters.delta import Delta, DeltaMethod, Layer
 from ftrecipes.methods.adapters.lora import LowRank
 
 
@@ -31,7 +31,7 @@ class Magnitude(Delta):
     m: nn.Parameter
     norm0: Tensor
 
-    def __init__(self, layer: Layer, method: Knobs, rng: Callable[[str], torch.Generator]) -> None:
+    def __init__(self, layer: Layer, method: Any, rng: Callable[[str], torch.Generator]) -> None:
         super().__init__(layer, method, rng)
         norms = layer.weight.norm(dim=1)
         self.m = nn.Parameter(norms.clone())
@@ -50,7 +50,7 @@ class Decomposed(LowRank):
     m: nn.Parameter
     norm0: Tensor
 
-    def __init__(self, layer: Layer, method: Knobs, rng: Callable[[str], torch.Generator]) -> None:
+    def __init__(self, layer: Layer, method: Any, rng: Callable[[str], torch.Generator]) -> None:
         super().__init__(layer, method, rng)
         norms = layer.weight.norm(dim=1)
         self.m = nn.Parameter(norms.clone())
@@ -60,7 +60,7 @@ class Decomposed(LowRank):
     def norm(self) -> Tensor:
         """c (out), float32, without a product of the size of the weight."""
         A, B, s = self.A, self.B, self.scale
-        W0A = (self.layer.matrix(self.layer.module.weight.detach()) @ A.T.to(self.layer.module.weight.dtype)).float()  # type: ignore[union-attr, operator]
+        W0A = (self.layer.matrix(self.layer.raw) @ A.T.to(self.layer.raw.dtype)).float()
         squared = self.norm0**2 + 2 * s * (W0A * B).sum(1) + s**2 * ((B @ (A @ A.T)) * B).sum(1)
         return squared.clamp_min(1e-24).sqrt()
 
@@ -75,7 +75,7 @@ class Decomposed(LowRank):
         if x.is_floating_point() and self.dropout.p and self.training:
             # the plain W0 x is not dropped out, what is added to it is
             x = self.dropout(x)
-            base = self.layer.into(x, self.layer.matrix(self.layer.module.weight))  # type: ignore[arg-type]
+            base = self.layer.into(x, self.layer.matrix(self.layer.raw))
             return y + (q - 1) * base + q * self.scale * self.product(x, self.B, self.A)
         return _rescale(y, q, self.layer.bias) + q * self.scale * self.product(x, self.B, self.A)
 
@@ -112,5 +112,3 @@ class DoRA(DeltaMethod):
     def group(self, name: str, parameter: nn.Parameter) -> dict[str, Any]:
         """Decay would pull all lengths to zero."""
         return {"weight_decay": 0.0} if name.endswith(".delta.m") else {}
-
-

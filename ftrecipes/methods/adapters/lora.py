@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ftrecipes.methods.adapters.delta import Delta, DeltaMethod, Knobs, Layer, check_rank, kaiming
+from ftrecipes.methods.adapters.delta import Delta, DeltaMethod, Layer, check_rank, kaiming
 
 
 class LowRank(Delta):
     """s B A; dropout acts on the input of A."""
 
-    def __init__(self, layer: Layer, method: Knobs, rng: Callable[[str], torch.Generator]) -> None:
+    def __init__(self, layer: Layer, method: Any, rng: Callable[[str], torch.Generator]) -> None:
         super().__init__(layer, method, rng)
         rank, (rows, cols) = method.rank, layer.shape
         check_rank(method, layer, rank)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ftrecipes.methods.adapters.delta import Delta, DeltaMethod, Knobs, Layer, check_rank, linear
+from ftrecipes.methods.adapters.delta import Delta, DeltaMethod, Layer, check_rank, linear
 from ftrecipes.methods.adapters.svd import svd
 
 
@@ -62,17 +62,18 @@ class SingularVectors(Delta):
     V: Tensor
     index: Tensor
 
-    def __init__(self, layer: Layer, method: Knobs, rng: Callable[[str], torch.Generator], saved: dict[str, Any] | None = None) -> None:
+    def __init__(self, layer: Layer, method: Any, rng: Callable[[str], torch.Generator], saved: dict[str, Any] | None = None) -> None:
         super().__init__(layer, method, rng)
         if method.rank is not None:
             check_rank(method, layer, method.rank)
-        dtype = layer.module.weight.dtype  # type: ignore[union-attr]
-        U, s, V = svd(layer.weight, method.rank)
+        dtype = layer.raw.dtype
+        U, _, V = svd(layer.weight, method.rank)
         if method.fill_orthonormal and method.rank is not None and not U.is_meta:
             U, V = _fill(U, min(layer.shape), rng("U")), _fill(V, min(layer.shape), rng("V"))
         self.n = U.shape[1]
         self.register_buffer("U", U.to(dtype), persistent=False)
         self.register_buffer("V", V.to(dtype), persistent=False)
+        self.pattern: str
         self.pattern, index = self._pattern(method, U, V, rng) if saved is None else (saved["pattern"], saved["index"])
         d = min(method.off_diag, self.n - 1)
         if index is None:
@@ -82,7 +83,7 @@ class SingularVectors(Delta):
         self.theta = self.parameter(len(index), init=lambda t: t.normal_(0, std, generator=rng("theta")) if method.init == "kaiming" else t)
         self.gate = self.parameter(1) if method.gate else None
 
-    def _pattern(self, method: Knobs, U: Tensor, V: Tensor, rng: Callable[[str], torch.Generator]) -> tuple[str, Tensor | None]:
+    def _pattern(self, method: Any, U: Tensor, V: Tensor, rng: Callable[[str], torch.Generator]) -> tuple[str, Tensor | None]:
         n, pattern = self.n, method.pattern
         if pattern in ("plain", "banded"):
             return pattern, None
@@ -135,4 +136,6 @@ class SVFT(DeltaMethod):
         super().prepare(run)
         other = [n for n, d in self.deltas.items() if isinstance(d, SingularVectors) and d.pattern != self.pattern]
         if other:
-            run.say(f"svft: top_k needs square weights; {len(other)} of {len(self.deltas)} are not and take the banded pattern ({other[0]} first)")
+            run.say(
+                f"svft: top_k needs square weights; {len(other)} of {len(self.deltas)} are not and take the banded pattern ({other[0]} first)"
+            )

@@ -57,7 +57,9 @@ class MeZO(Method):
             g = float(plus - minus) / (2 * self.eps)
             found.append((seed, g))
             if not math.isfinite(g):
-                raise RunFailed(f"the loss is not finite at update {run.step + 1} (mezo: {float(plus)} and {float(minus)}); lower method.mezo.eps or optimizer.lr")
+                raise RunFailed(
+                    f"the loss is not finite at update {run.step + 1} (mezo: {float(plus)} and {float(minus)}); lower method.mezo.eps or optimizer.lr"
+                )
             last = self.n == 1 and not decay
             # with one direction, restoring and updating are one pass over the weights
             add_z(parameters.values(), seed, self.eps - rate * g if last else self.eps)

@@ -25,7 +25,7 @@ class LISA(Activity):
     gamma: int
     interval: int
     keep_state: bool
-    weights: list[float] | None
+    chances: list[float] | None
 
     def prepare(self, run: Run) -> None:
         super().prepare(run)
@@ -33,13 +33,13 @@ class LISA(Activity):
         count = len(run.anatomy.blocks)
         if self.gamma > count:
             raise UserError(f"lisa.gamma={self.gamma}: the model has {count} blocks")
-        if self.weights is not None and len(self.weights) != count:
-            raise UserError(f"lisa.weights: {len(self.weights)} given, the model has {count} blocks")
+        if self.chances is not None and len(self.chances) != count:
+            raise UserError(f"lisa.chances: {len(self.chances)} given, the model has {count} blocks")
 
     def due(self, run: Run) -> bool:
         return run.step % self.interval == 0
 
     def awake(self, run: Run) -> list[int]:
         period = run.step // self.interval
-        chances = torch.ones(len(run.anatomy.blocks)) if self.weights is None else torch.tensor(self.weights)
+        chances = torch.tensor(self.chances or [1.0] * len(run.anatomy.blocks))
         return torch.multinomial(chances, self.gamma, generator=run.generator("lisa", period)).tolist()

@@ -41,7 +41,9 @@ class LIFT(SparseMethod):
         k = min((m + n) * self.rank_budget, m * n)
         if W.is_meta:
             return largest(W, k)
-        return largest(low_rank(W.reshape(m, n), self.filter_rank, exact=self.svd == "exact", rng=run.generator("lift", part.name, run.step)).abs(), k)
+        return largest(
+            low_rank(W.reshape(m, n), self.filter_rank, exact=self.svd == "exact", rng=run.generator("lift", part.name, run.step)).abs(), k
+        )
 
     def due(self, run: Run) -> bool:
         return (run.step + 1) % self.update_interval == 0

@@ -138,7 +138,7 @@ class SparseMethod(Method):
         self.parts = {part.name: part for part in parts_of(run, self, self.targets, self.blocks)}
         self.ever: dict[str, Tensor] = {}
         self.chosen: dict[str, Chosen] = {}
-        for name, part in self.parts.items():
+        for part in self.parts.values():
             self.attach(run, part, self.select(run, part))
 
     def attach(self, run: Run, part: Part, index: Tensor) -> None:
