@@ -52,16 +52,8 @@ def check(settings: Settings) -> None:
             f"data {settings.data.name} is for {', '.join(data_domains)}, and model {settings.model.name} is {domain}; "
             f"choose data for it (ftr ls data)"
         )
-    for point, words in SINGLE.items():
-        owners = [m.name for m in methods if point in m.about.get("points", [])]
-        if len(owners) > 1:
-            raise UserError(f"{owners[0]} and {owners[1]} cannot stack: each {words}; keep one of them")
-    drivers = [m for m in methods if "drive" in m.about.get("points", []) and not m.about.get("nests")]
-    if len(drivers) > 1:
-        raise UserError(f"{drivers[0].name} and {drivers[1].name} cannot stack: each drives the whole training; keep one")
     for a, b in combinations(methods, 2):
-        reason = _clash(settings, a, b) or _clash(settings, b, a)
-        if reason:
+        if reason := pair(a, b, settings):
             raise UserError(f"{a.name} and {b.name} cannot stack: {reason}")
     if any("optimizer" in m.about.get("points", []) for m in methods):
         owner = next(m.name for m in methods if "optimizer" in m.about.get("points", []))
@@ -69,33 +61,50 @@ def check(settings: Settings) -> None:
             raise UserError(f"{owner} brings its own optimizer, so optimizer={settings.optimizer.name} would be ignored; leave it out")
 
 
-def _clash(settings: Settings, a: Entry, b: Entry) -> str | None:
-    """Why `a` cannot stand beside `b` (seen from `a`), or None."""
-    if "picks" in a.about and "picks" in b.about:
-        both = roles(settings, a) & roles(settings, b)
-        if "all" in roles(settings, a) | roles(settings, b):
-            whole = a if "all" in roles(settings, a) else b
-            return f"{whole.name} trains every weight, the other freezes them; keep one of them"
-        if both:
-            return (
-                f"both act on the same weights ({', '.join(sorted(both))}); keep one, or give them different targets ({a.at('targets')}=…)"
-            )
-    if a.about.get("whole") and "picks" in b.about and "all" not in roles(settings, b):
+def pair(a: Entry, b: Entry, settings: Settings | None = None) -> str | None:
+    """Why two methods cannot stand in one run, or None. Without settings, each is taken with its defaults."""
+    for point, words in SINGLE.items():
+        if _at(a, point) and _at(b, point):
+            return f"each {words}; keep one of them"
+    if _at(a, "drive") and _at(b, "drive") and not (a.about.get("nests") or b.about.get("nests")):
+        return "each drives the whole training; keep one of them"
+    return _same_weights(a, b, settings) or _clash(a, b, settings) or _clash(b, a, settings)
+
+
+def _at(method: Entry, point: str) -> bool:
+    return point in method.about.get("points", [])
+
+
+def _same_weights(a: Entry, b: Entry, settings: Settings | None) -> str | None:
+    if "picks" not in a.about or "picks" not in b.about:
+        return None
+    of_a, of_b = roles(a, settings), roles(b, settings)
+    if "all" in of_a | of_b:
+        return f"{(a if 'all' in of_a else b).name} trains every weight, the other freezes them; keep one of them"
+    if of_a & of_b:
+        shared = sorted(of_a & of_b - {"linear"}) or ["linear"]
+        return f"both act on the same weights ({', '.join(shared)}); keep one, or give them different targets"
+    return None
+
+
+def _clash(a: Entry, b: Entry, settings: Settings | None) -> str | None:
+    """Why `a` cannot stand beside `b`, seen from what `a` needs."""
+    if a.about.get("whole") and "picks" in b.about and "all" not in roles(b, settings):
         return f"{a.name} needs every weight to be trainable, {b.name} freezes them"
-    if a.about.get("gradients") is False:
-        if "gradients" in b.about.get("points", []):
-            return f"{a.name} computes no gradients, {b.name} acts on them"
-        if "optimizer" in b.about.get("points", []):
-            return f"{a.name} updates the weights itself, {b.name} brings an optimizer"
+    if a.about.get("gradients") is False and _at(b, "gradients"):
+        return f"{a.name} computes no gradients, {b.name} acts on them"
+    if a.about.get("gradients") is False and _at(b, "optimizer"):
+        return f"{a.name} updates the weights itself, {b.name} brings an optimizer"
     reason = (a.about.get("excludes") or {}).get(b.name)
     return str(reason) if reason else None
 
 
-def roles(settings: Settings, method: Entry) -> set[str]:
+def roles(method: Entry, settings: Settings | None = None) -> set[str]:
     """The roles of the weights that a method makes trainable."""
     picks = method.about["picks"]
     if isinstance(picks, str):
-        picks = settings.method[method.name][picks]
+        value = settings.method[method.name][picks] if settings else method.knobs[picks]["default"]
+        picks = value if value is not None else method.tiny.get(picks, [])
     out: set[str] = set()
     for item in picks:
         out |= GROUPED.get(item, {item})
