@@ -69,7 +69,6 @@ def train(run: Run) -> None:
         devices=run.settings.hardware.devices,
         num_nodes=run.settings.hardware.nodes,
         max_epochs=1,
-        callbacks=[run.stack],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

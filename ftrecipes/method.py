@@ -27,7 +27,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from ftrecipes.errors import UserError
@@ -134,8 +133,8 @@ class Method:
         """Fold everything into the base weights, so that the plain model is the tuned one."""
 
 
-class Stack(Callback):
-    """The methods of a run, in order; the only thing of them that Lightning sees."""
+class Stack:
+    """The methods of a run, in order."""
 
     def __init__(self, methods: Sequence[Method]) -> None:
         self.methods = list(methods)
@@ -154,6 +153,12 @@ class Stack(Callback):
     def at(self, point: str) -> list[Method]:
         """The methods that take part in a point, in the order of the stack."""
         return self._taking_part[point]
+
+    @property
+    def gradients_used(self) -> bool:
+        """Whether an update needs a backward pass."""
+        owner = self.owner["step"]
+        return owner is None or owner.steps_with_optimizer
 
     @property
     def picks(self) -> bool:

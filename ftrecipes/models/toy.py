@@ -37,7 +37,7 @@ def load(settings: Settings, *, meta: bool = False) -> Loaded:
     """A toy model with seeded Gaussian weights of variance 1/inputs, and its task."""
     build = functools.partial(_build, settings, meta)
     roles = [("head", r"^layer$")] if settings.model.kind == "two_layer" else []
-    return Loaded(build(), Regression(settings.model.loss), build, roles)
+    return Loaded(build(), Regression(settings.model.loss, settings.model.inputs, settings.model.outputs), build, roles)
 
 
 def _build(settings: Settings, meta: bool) -> nn.Module:

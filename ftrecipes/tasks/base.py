@@ -56,6 +56,10 @@ class Task:
         """Counted units of a micro-batch."""
         return len(batch["example"])
 
+    def blank(self, examples: int, length: int) -> Batch:
+        """A micro-batch of the largest size without content, for plans."""
+        raise NotImplementedError
+
     def outputs(self, model: nn.Module, batch: Batch) -> Outputs:
         """The model's forward pass on a micro-batch."""
         raise NotImplementedError

@@ -184,6 +184,12 @@ class CausalLM(Task):
 
     # -- model ----------------------------------------------------------------------------------------------------
 
+    def blank(self, examples: int, length: int) -> Batch:
+        ids = torch.zeros(examples, length, dtype=torch.long)
+        position = torch.arange(length).repeat(examples, 1)
+        batch: Batch = {"ids": ids, "labels": ids, "segment": ids, "position": position, "whole": True}
+        return {**batch, "units": examples * length, "example": torch.arange(examples)}
+
     def outputs(self, model: nn.Module, batch: Batch) -> TokenOutputs:
         # No mask: padding stands on the right, where a causal model does not look, and packed examples are told apart
         # by their positions, which begin at 0 (transformers builds the block mask from them).
@@ -191,8 +197,13 @@ class CausalLM(Task):
         base = language_model.get_decoder()
         hidden = base(input_ids=batch["ids"], position_ids=batch["position"], use_cache=False).last_hidden_state
         labels = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE)
-        at = labels != IGNORE
-        return TokenOutputs(hidden[at], labels[at], batch["segment"][at], language_model.get_output_embeddings(), logit_scale(model))
+        row = batch["segment"]
+        if batch.get("whole"):  # a blank micro-batch of a plan: its tensors have no values to look at
+            hidden, labels, row = hidden.flatten(0, 1), labels.flatten(), row.flatten()
+        else:
+            at = labels != IGNORE
+            hidden, labels, row = hidden[at], labels[at], row[at]
+        return TokenOutputs(hidden, labels, row, language_model.get_output_embeddings(), logit_scale(model))
 
     def losses(self, outputs: Outputs, batch: Batch) -> Tensor:
         assert isinstance(outputs, TokenOutputs)

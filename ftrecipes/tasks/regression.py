@@ -27,8 +27,8 @@ class Regression(Task):
 
     domain: ClassVar[str] = "toy"
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    def __init__(self, kind: str, inputs: int, outputs: int) -> None:
+        self.kind, self.inputs, self.out = kind, inputs, outputs
         self.target, self.higher_is_better = ("mse", False) if kind == "squared" else ("accuracy", True)  # type: ignore[misc]
 
     def encode(self, example: Example) -> Encoded:
@@ -37,6 +37,9 @@ class Regression(Task):
 
     def collate(self, encoded: Sequence[Encoded]) -> Batch:
         return {name: torch.stack([e[name] for e in encoded]) for name in ("x", "y")}
+
+    def blank(self, examples: int, length: int) -> Batch:
+        return {"x": torch.empty(examples, self.inputs), "y": torch.empty(examples, self.out), "example": torch.arange(examples)}
 
     def outputs(self, model: nn.Module, batch: Batch) -> Predictions:
         dtype = next(model.parameters()).dtype
