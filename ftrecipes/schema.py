@@ -63,7 +63,7 @@ def coerce(value: Any, knob: Mapping[str, Any]) -> Any:
     names = type_of(knob)
     if isinstance(value, str) and "float" in names and "str" not in names:
         try:
-            return float(value)
+            return float(value.replace(".inf", "inf"))
         except ValueError:
             return value
     if isinstance(value, float) and value.is_integer() and "int" in names and "float" not in names:
@@ -85,6 +85,8 @@ def problem(value: Any, knob: Mapping[str, Any]) -> str | None:
         if knob["default"] is None or knob.get("optional"):
             return None
         return f"must be {_wanted(names)}, not null"
+    if "max" in knob and value == math.inf == knob["max"]:
+        return None
     if not any(_matches(value, name) for name in names):
         return f"must be {_wanted(names)}, not {value!r}"
     choices = knob.get("choices")
