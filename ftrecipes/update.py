@@ -59,6 +59,11 @@ class Scaler:
             self.scale, self.good = self.scale * 2, 0
 
 
+def wide(value: Tensor) -> Tensor:
+    """A number in at least float32."""
+    return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
 class World:
     """The processes that share a run; one by itself needs no torch.distributed."""
 
@@ -124,7 +129,7 @@ class Update:
         grads = [p.grad for p in self.run.trainable().values() if p.grad is not None]
         if scale != 1.0 and grads:
             torch._foreach_mul_(grads, 1.0 / scale)
-        total = total.float()
+        total = wide(total)
         self.world.sum([*grads, total])
         return total
 
@@ -135,7 +140,7 @@ class Update:
         for value in self._forward(window, loss):
             total = value if total is None else total + value
         assert total is not None
-        total = total.float()
+        total = wide(total)
         self.world.sum([total])
         return total
 
