@@ -21,9 +21,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ftrecipes.errors import UserError
 from ftrecipes.method import Method, parts_of
+from ftrecipes.methods.adapters.delta import tied_weights
+from ftrecipes.update import wide
 
 if TYPE_CHECKING:
     from ftrecipes.anatomy import Part
@@ -34,42 +37,50 @@ class _Selected(torch.autograd.Function):
     """A layer's output with the chosen values written into its weight; their gradient alone leaves the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, values: Tensor, index: Tensor, module: nn.Module) -> Tensor:
+    def forward(ctx: Any, x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, module: nn.Module) -> Tensor:
         weight: Tensor = module.weight  # type: ignore[assignment]
         write(weight, index, values)
         ctx.save_for_backward(x, index)
         ctx.module, ctx.values_dtype = module, values.dtype
-        return apply(module, x, weight)
+        return apply(module, x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None, Tensor | None, None]:
         x, index = ctx.saved_tensors
-        module, (g,) = ctx.module, grads
+        module = ctx.module
         weight: Tensor = module.weight.detach()
+        wants_x, wants_values, _, wants_bias, _ = ctx.needs_input_grad
+        grad_x = grad_w = None
         if isinstance(module, nn.Linear):
-            grad_x = g @ weight.to(g.dtype) if ctx.needs_input_grad[0] else None
-            grad_w = g.flatten(0, -2).T @ x.flatten(0, -2).to(g.dtype)
+            flat = g.reshape(-1, g.shape[-1])
+            grad_x = g @ weight.to(g.dtype) if wants_x else None
+            grad_w = flat.T @ x.reshape(-1, x.shape[-1]).to(g.dtype) if wants_values else None
         else:
+            w, inputs = weight.to(g.dtype), x.detach().to(g.dtype) if x.is_floating_point() else x
+            wanted = [t.requires_grad_(True) for t, asked in ((inputs, wants_x), (w, wants_values)) if asked]
             with torch.enable_grad():
-                w = weight.requires_grad_(True)
-                inputs = x.detach().requires_grad_(x.is_floating_point())
-                y = apply(module, inputs, w)
-            wanted = (w, inputs) if x.is_floating_point() else (w,)
-            found = torch.autograd.grad(y, wanted, g.to(y.dtype))
-            grad_w, grad_x = found[0], found[1] if len(found) > 1 else None
-        grad_x = None if grad_x is None else grad_x.to(x.dtype)
-        return grad_x, grad_w.reshape(-1)[index].to(ctx.values_dtype), None, None
+                y = apply(module, inputs, w, None)
+            found = list(torch.autograd.grad(y, wanted, g))
+            grad_x = found.pop(0) if wants_x else None
+            grad_w = found.pop(0) if wants_values else None
+        grad_values = None if grad_w is None else grad_w.reshape(-1)[index].to(ctx.values_dtype)
+        features = 1 if isinstance(module, nn.Conv2d) else -1
+        grad_bias = g.movedim(features, -1).flatten(0, -2).sum(0).to(module.bias.dtype) if wants_bias else None
+        return None if grad_x is None else grad_x.to(x.dtype), grad_values, None, grad_bias, None
 
 
-def apply(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
-    """A module's output without bias, for another weight."""
+def apply(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A module's output for another weight and bias."""
     if isinstance(module, nn.Linear):
-        return F.linear(x, weight)
+        return F.linear(x, weight, bias)
     if isinstance(module, nn.Conv2d):
-        return F.conv2d(x, weight, None, module.stride, module.padding, module.dilation, module.groups)  # type: ignore[arg-type]
+        return module._conv_forward(x, weight, bias)
     if isinstance(module, nn.Embedding):
-        return F.embedding(x, weight)
-    return x @ weight  # Conv1D of GPT-2
+        return F.embedding(x, weight, module.padding_idx)
+    rows = x.reshape(-1, x.shape[-1])  # Conv1D of GPT-2
+    y = rows @ weight if bias is None else torch.addmm(bias, rows, weight)
+    return y.view(*x.shape[:-1], -1)
 
 
 @torch.no_grad()
@@ -79,29 +90,23 @@ def write(weight: Tensor, index: Tensor, values: Tensor) -> None:
 
 
 class Chosen(nn.Module):
-    """The chosen entries of one weight: flat positions and float32 values."""
+    """The chosen entries of one weight: flat positions, and values in float32, or float64 where the weight is."""
 
     index: Tensor
 
-    def __init__(self, weight: Tensor, index: Tensor, values: Tensor | None = None) -> None:
+    def __init__(self, weight: Tensor, index: Tensor) -> None:
         super().__init__()
         self.register_buffer("index", index, persistent=False)
-        start = weight.detach().reshape(-1)[index].float() if values is None else values
-        self.values = nn.Parameter(start)
+        self.values = nn.Parameter(wide(weight.detach().reshape(-1)[index]))
 
 
 class _Sparse:
     """Mixed into the class of a module whose weight trains in part."""
 
     chosen: Chosen
-    bias: Tensor | None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = _Selected.apply(x, self.chosen.values, self.chosen.index, self)
-        bias = getattr(self, "bias", None)
-        if bias is None:
-            return y  # type: ignore[no-any-return]
-        return y + (bias[:, None, None] if isinstance(self, nn.Conv2d) else bias)  # type: ignore[no-any-return]
+        return _Selected.apply(x, self.chosen.values, self.chosen.index, getattr(self, "bias", None), self)  # type: ignore[no-any-return]
 
 
 _classes: dict[type, type] = {}
@@ -126,20 +131,30 @@ class SparseMethod(Method):
 
         Vectors of the state that are as long as the values are carried by position; the rest (step counters) stays.
         """
-        if run.optimizer is None:
-            return
-        values = self.chosen[name].values
-        state = run.optimizer.state.get(values, {})
-        for key, tensor in list(state.items()):
-            if isinstance(tensor, Tensor) and tensor.shape == old.shape:
-                state[key] = carried(old, new, tensor)
+        for optimizer in getattr(run.optimizer, "parts", [run.optimizer]):
+            state = optimizer.state.get(self.chosen[name].values, {}) if optimizer else {}
+            for key, tensor in list(state.items()):
+                if isinstance(tensor, Tensor) and tensor.shape == old.shape:
+                    state[key] = carried(old, new, tensor)
+
+    def group(self, name: str, parameter: nn.Parameter) -> dict[str, Any]:
+        """Chosen values are a vector and decay as the matrix that they belong to."""
+        return {"weight_decay": self.decay} if name.removesuffix(".chosen.values") in self.chosen else {}
 
     def prepare(self, run: Run) -> None:
         self.parts = {part.name: part for part in parts_of(run, self, self.targets, self.blocks)}
-        self.ever: dict[str, Tensor] = {}
-        self.chosen: dict[str, Chosen] = {}
+        self.begin_with(run)
+        shared = tied_weights(run.model) & set(self.parts)
+        if shared:
+            raise UserError(f"{self.key} cannot act on {min(shared)}: another module shares its weight; narrow {self.key}.targets")
         for part in self.parts.values():
             self.attach(run, part, self.select(run, part))
+
+    def begin_with(self, run: Run) -> None:
+        """Nothing is chosen yet."""
+        self.ever: dict[str, Tensor] = {}
+        self.chosen: dict[str, Chosen] = {}
+        self.decay: float = run.settings.optimizer.weight_decay
 
     def attach(self, run: Run, part: Part, index: Tensor) -> None:
         """Let these entries of a part train."""
@@ -171,7 +186,7 @@ class SparseMethod(Method):
         chosen.index = new
         # the parameter stays the same object: the optimizer holds it
         kept = carried(old, new, chosen.values.detach())
-        fresh = part.weight.reshape(-1)[new].float()
+        fresh = wide(part.weight.reshape(-1)[new])
         chosen.values.copy_(torch.where(torch.isin(new, old), kept, fresh))
         self.ever[name] = torch.cat([self.ever[name], new]).unique()
 
@@ -188,7 +203,7 @@ class SparseMethod(Method):
     def restore(self, run: Run, structure: dict[str, Any]) -> None:
         parts = {part.name: part for part in run.anatomy.parts}
         self.parts = {name: parts[name] for name in structure["chosen"]}
-        self.ever, self.chosen = {}, {}
+        self.begin_with(run)
         for name, saved in structure["chosen"].items():
             part = self.parts[name]
             write(part.weight, saved["ever"].to(part.weight.device), saved["moved"].to(part.weight.device))
@@ -204,6 +219,7 @@ class SparseMethod(Method):
         for part in self.parts.values():
             part.module.__class__ = type(part.module).__mro__[2]
             del part.module.chosen
+        self.chosen = {}
 
 
 def carried(old: Tensor, new: Tensor, values: Tensor) -> Tensor:
