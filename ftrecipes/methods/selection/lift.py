@@ -36,14 +36,13 @@ class LIFT(SparseMethod):
     svd: str
 
     def select(self, run: Run, part: Part) -> Tensor:
-        W = part.weight.detach()
-        m, n = W.shape[0], W[0].numel()
+        W = part.weight.detach().flatten(1)
+        m, n = W.shape
         k = min((m + n) * self.rank_budget, m * n)
         if W.is_meta:
             return largest(W, k)
-        return largest(
-            low_rank(W.reshape(m, n), self.filter_rank, exact=self.svd == "exact", rng=run.generator("lift", part.name, run.step)).abs(), k
-        )
+        rng = run.generator("lift", part.name, run.step)
+        return largest(low_rank(W, self.filter_rank, exact=self.svd == "exact", rng=rng).abs(), k)
 
     def due(self, run: Run) -> bool:
         return (run.step + 1) % self.update_interval == 0
@@ -70,7 +69,7 @@ class SparseAdam(torch.optim.Optimizer):
     """Adam over compact vectors: w -= lr sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps), decay of the chosen entries."""
 
     def __init__(self, params: Any, betas: tuple[float, float], eps: float) -> None:
-        super().__init__(params, {"betas": betas, "eps": eps, "lr": 0.0, "weight_decay": 0.0, "t": 0})
+        super().__init__(params, {"betas": betas, "eps": eps, "lr": 0.0, "weight_decay": 0.0})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -81,17 +80,17 @@ class SparseAdam(torch.optim.Optimizer):
             grads = [p.grad for p in params]
             for p in params:
                 if not self.state[p]:
-                    self.state[p] = {"m": torch.zeros_like(p), "v": torch.zeros_like(p)}
+                    self.state[p] = {"m": torch.zeros_like(p), "v": torch.zeros_like(p), "t": 0}
+                self.state[p]["t"] += 1
             m, v = [self.state[p]["m"] for p in params], [self.state[p]["v"] for p in params]
             b1, b2 = group["betas"]
-            group["t"] += 1
             torch._foreach_mul_(m, b1)
             torch._foreach_add_(m, grads, alpha=1 - b1)
             torch._foreach_mul_(v, b2)
             torch._foreach_addcmul_(v, grads, grads, value=1 - b2)
             denominator = torch._foreach_sqrt(v)
             torch._foreach_add_(denominator, group["eps"])
-            size = group["lr"] * math.sqrt(1 - b2 ** group["t"]) / (1 - b1 ** group["t"])
-            torch._foreach_addcdiv_(params, m, denominator, value=-size)
+            sizes = [-group["lr"] * math.sqrt(1 - b2 ** self.state[p]["t"]) / (1 - b1 ** self.state[p]["t"]) for p in params]
+            torch._foreach_addcdiv_(params, m, denominator, sizes)
             if group["weight_decay"]:
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
