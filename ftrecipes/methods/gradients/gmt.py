@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ftrecipes.method import Method
+from ftrecipes.update import wide
 
 if TYPE_CHECKING:
     from ftrecipes.run import Run
@@ -46,6 +47,7 @@ class GMT(Method):
         for name, grad in grads.items():
             magnitude = grad.abs()
             keep = magnitude >= (threshold(magnitude, self.keep_ratio) if shared is None else shared)
+            keep &= magnitude != 0  # a threshold of zero would keep what has no gradient at all
             grad.mul_(keep)
             kept += int(keep.sum())
             total += keep.numel()
@@ -73,10 +75,11 @@ def threshold(magnitude: Tensor, ratio: float) -> Tensor:
 
 def global_threshold(grads: list[Tensor], ratio: float, rounds: int = 4, bins: int = 512) -> Tensor:
     """The same over all tensors, by narrowing a histogram: its error is (largest entry) / bins^rounds."""
-    low, high = grads[0].new_zeros(()), torch.stack(torch._foreach_norm(grads, float("inf"))).max()
+    high = wide(torch.stack([g.abs().max().to(grads[0]) for g in grads]).max())
+    low, unit = torch.zeros_like(high), torch.linspace(0, 1, bins + 1, device=high.device, dtype=high.dtype)
     k = max(1, round(ratio * sum(g.numel() for g in grads)))
     for _ in range(rounds):
-        edges = torch.linspace(0, 1, bins + 1, device=low.device) * (high - low) + low
+        edges = unit * (high - low) + low
         counts = torch.stack([_counts(g, edges) for g in grads]).sum(0)
         above = counts.flip(0).cumsum(0).flip(0)  # entries in a bin or in a higher one, those past the end included
         at = int((above[:-1] >= k).sum()) - 1
@@ -86,5 +89,5 @@ def global_threshold(grads: list[Tensor], ratio: float, rounds: int = 4, bins: i
 
 def _counts(grad: Tensor, edges: Tensor) -> Tensor:
     """Entries by bin [edge_i, edge_i+1); the last count is of those at or past the end."""
-    place = torch.bucketize(grad.abs().flatten(), edges, right=True) - 1
+    place = torch.bucketize(grad.abs().flatten().to(edges.dtype), edges, right=True) - 1
     return torch.bincount(place[place >= 0], minlength=len(edges))
