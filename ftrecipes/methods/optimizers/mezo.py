@@ -44,7 +44,7 @@ class MeZO(Method):
     def step(self, run: Run, window: Window) -> None:
         parameters = run.active()
         run.model.eval()
-        loss = self._metric(run) if self.metric else None
+        loss = self._metric(run, window) if self.metric else None
         rate, decay = run.rate, run.settings.optimizer.weight_decay
         seeds = [derive(run.seed, "mezo", run.fit_index, run.step, i) for i in range(self.n)]
         found: list[tuple[int, float]] = []
@@ -71,12 +71,18 @@ class MeZO(Method):
         run.log("mezo/g", sum(g for _, g in found) / self.n)
         run.count("forward_passes", 2 * self.n)
 
-    def _metric(self, run: Run) -> Any:
-        """The share of wrong examples in place of the loss: no gradient exists, none is needed."""
+    def _metric(self, run: Run, window: Window) -> Any:
+        """The target metric over the examples of the window in place of the loss: no gradient exists, none is needed.
+
+        What is better when it is higher is a share of right examples, and the share of wrong ones is minimised.
+        """
+        examples = torch.tensor(float(sum(len(batch["example"]) for batch in window)))
+        run.update.world.sum([examples])
 
         def wrong(batch: Any) -> Tensor:
             total, count = run.task.measure(run.model, batch)[run.task.target]
-            return (1.0 - total / count) * run.task.count(batch)
+            mean = 1.0 - total / count if run.task.higher_is_better else total / count
+            return mean * len(batch["example"]) / float(examples) * window.units
 
         return wrong
 
