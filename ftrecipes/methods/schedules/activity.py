@@ -42,7 +42,7 @@ class Activity(Method):
         if self.now is None and self.saved is not None:
             self.set(run, self.saved)  # a resumed period: nothing is dropped
         if self.now is None or self.due(run):
-            if self.drop_state and self.now is not None:
+            if self.drop_state and self.now is not None and run.optimizer is not None:
                 run.forget([p for depth in range(len(run.anatomy.blocks)) for p in self.parameters(run, depth)])
             self.set(run, sorted(self.awake(run)))
             run.count("switches")

@@ -2,8 +2,8 @@
 
 Embedding, final norm and head always train. Of the N blocks exactly `gamma` do, drawn uniformly without replacement and
 anew every `interval` updates, so gradients and AdamW's moments exist for gamma blocks only. At a switch the moments of
-all blocks are dropped, also of a block that is drawn twice running (as the public code does; `keep_state` keeps them, as
-its first version did).
+all blocks are dropped, also of a block that is drawn twice running: by their own account the authors ran the paper's
+intervals as trainings of their own. Their public callback keeps the moments of sleeping blocks (`keep_state`).
 """
 
 from __future__ import annotations
