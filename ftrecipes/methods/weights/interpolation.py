@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from ftrecipes.methods.adapters.delta import Delta
+from ftrecipes.methods.selection.sparse import write
+from ftrecipes.update import wide
 
 if TYPE_CHECKING:
     from ftrecipes.run import Run
@@ -23,6 +25,8 @@ class Line:
     def __init__(self, run: Run) -> None:
         self.deltas = [module for module in run.model.modules() if isinstance(module, Delta)]
         self.sparse = {name: m for name, m in run.model.named_modules() if hasattr(m, "chosen")}
+        for module in self.sparse.values():  # a weight gets its chosen values when it is used
+            write(module.weight, module.chosen.index, module.chosen.values)
         here = {**dict(run.model.named_buffers()), **dict(run.model.named_parameters())}
         start = run.pristine().state_dict()
         self.live = {
@@ -36,7 +40,7 @@ class Line:
 
     @torch.no_grad()
     def at(self, alpha: float) -> None:
-        """Put the model at (1 - alpha) theta_0 + alpha theta_1, computed in float32; integers are those of the nearer end."""
+        """Put the model at (1 - alpha) theta_0 + alpha theta_1, computed in float32; integers are the tuned ones."""
         for delta in self.deltas:
             delta.strength = alpha
         for name, tensor in self.live.items():
@@ -46,7 +50,7 @@ class Line:
 
 
 def between(start: Tensor, end: Tensor, alpha: float) -> Tensor:
-    """(1 - alpha) start + alpha end in float32, in the dtype of `end`; the ends themselves come back bit for bit."""
+    """(1 - alpha) start + alpha end in at least float32, in the dtype of `end`; the ends themselves come back bit for bit."""
     if alpha in (0.0, 1.0) or not end.is_floating_point():
         return start.to(end.dtype) if alpha == 0.0 else end
-    return ((1 - alpha) * start.float() + alpha * end.float()).to(end.dtype)
+    return ((1 - alpha) * wide(start) + alpha * wide(end)).to(end.dtype)
