@@ -148,11 +148,15 @@ def plan(context: typer.Context, as_json: Json = False, plugin: Plugin = None) -
 
 
 @app.command()
-def compare(runs: Annotated[list[str], typer.Argument(help="runs, or folders of runs")], as_json: Json = False) -> None:
+def compare(
+    runs: Annotated[list[str], typer.Argument(help="runs, or folders of runs")],
+    everything: Annotated[bool, typer.Option("--all", help="show every setting that differs")] = False,
+    as_json: Json = False,
+) -> None:
     """Runs side by side: metrics, and what differs in their settings."""
     from ftrecipes.report.compare import show_compare
 
-    show_compare(runs, as_json)
+    show_compare(runs, as_json, everything)
 
 
 @app.command("eval")

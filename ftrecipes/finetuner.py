@@ -6,6 +6,7 @@ the counted units of the window are known before the first backward pass.
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -62,6 +63,7 @@ class Windows(TorchDataset[Window]):
 
 def train(run: Run) -> None:
     """Train a run through the rest of its current fit: every fit has a trainer of its own."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # its import sets it to INFO
     loader: DataLoader[Window] = DataLoader(Windows(run), batch_size=None, shuffle=False)
     accelerator = {"cuda": "gpu"}.get(run.device.type, run.device.type)
     trainer = pl.Trainer(

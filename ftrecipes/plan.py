@@ -100,6 +100,7 @@ def plan(settings: Settings) -> Plan:
     run = Run(settings)
     run.load_model(meta=True)
     run.prepare()
+    run.stack.begin(run)
     model = run.model
     trainable = run.trainable()
     total = dict(model.named_parameters())
@@ -120,12 +121,13 @@ def plan(settings: Settings) -> Plan:
     states = STATES.get(settings.optimizer.name, 2.0) if backward else 0.0
     if settings.optimizer.name == "sgd" and settings.optimizer.momentum:
         states = 1.0
-    gradients = learned if backward else 0
+    active = sum(_bytes(p) for p in run.active().values())
+    gradients = active if backward else 0
     memory = {
         "weights": frozen + learned,
         "of the methods": extra,
         "gradients": gradients,
-        "optimizer": int(states * learned),
+        "optimizer": int(states * active),
         "activations": max(0, trace - gradients),
     }
     roles: dict[str, tuple[int, int]] = {}

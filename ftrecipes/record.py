@@ -27,6 +27,10 @@ import yaml
 
 from ftrecipes.errors import RunFailed, UserError
 
+# What the user lets others read; temporary files begin private and get it when they are whole.
+UMASK = os.umask(0)
+os.umask(UMASK)
+
 DONE, RUNNING, FAILED, INTERRUPTED = "done", "running", "failed", "interrupted"
 
 
@@ -47,6 +51,7 @@ def write_atomic(path: Path, text: str) -> None:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
+                os.fchmod(handle, 0o666 & ~UMASK)
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
@@ -181,7 +186,9 @@ class Record:
             temporary = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}."))
             try:
                 yield temporary
+                temporary.chmod(0o777 & ~UMASK)
                 for file in temporary.iterdir():
+                    file.chmod(0o666 & ~UMASK)
                     with file.open("rb") as handle:
                         os.fsync(handle.fileno())
                 if final.exists():
