@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from ftrecipes.catalogue import PACKAGE
 from ftrecipes.errors import UserError
+from ftrecipes.rng import derive
 from ftrecipes.tasks.base import Task
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ class Loaded:
     """A model with the task of its domain.
 
     pristine: gives the model as it was before any tuning, a second one; for methods that look back at the start.
+    fresh: parameters that the weights lacked and that start at random (a new head); they train under every method.
     notes: one-line remarks for the user.
     """
 
@@ -36,6 +39,7 @@ class Loaded:
     task: Task
     pristine: Callable[[], nn.Module]
     roles: list[tuple[str, str]] = field(default_factory=list)
+    fresh: set[str] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
 
 
@@ -81,6 +85,67 @@ def folder_of(settings: Settings) -> Path | None:
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no config.json; a folder in the hub's format is needed")
     return folder
+
+
+def config_of(settings: Settings, folder: Path | None, *, meta: bool) -> Any:
+    """The transformers configuration: the folder's, that of the model's YAML where no weights are needed, or the hub's."""
+    from transformers import AutoConfig
+
+    about, changes = settings.entry("model").about, dict(settings.model.architecture)
+    options: Any = {"attn_implementation": settings.model.attention}
+    shape_only = meta or settings.model.weights == "random"
+    if changes and settings.model.weights != "random":
+        raise UserError("model.architecture changes the shapes of weights; it needs model.weights=random")
+    if shape_only and not folder:
+        if not about.get("architecture"):
+            raise UserError(f"model {settings.model.name} has no architecture in its config; give model.path=<folder>")
+        return AutoConfig.for_model(**{**about["architecture"], **changes}, **options)
+    if not folder and not about.get("hub"):
+        raise UserError(f"model {settings.model.name} is a shape without weights of its own; give model.path=<folder>")
+    with load_errors(settings, folder):
+        return AutoConfig.from_pretrained(folder or about["hub"], **options, **changes)
+
+
+def build(
+    settings: Settings, folder: Path | None, auto: Any, config: Any, *, meta: bool, may_lack: Callable[[str], bool] | None = None
+) -> tuple[Any, set[str]]:
+    """A transformers model of this configuration, and the names of the parameters that its weights lacked.
+
+    auto: the class that loads it. On the meta device and with random weights nothing is read. may_lack: which parameters
+    may be absent or of another shape in the weights; these start at random. Any other is refused. Random values are seeded.
+    """
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # what matters of a loading is said by us
+    logging.disable_progress_bar()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive("weights", settings.seed))
+        if meta or settings.model.weights == "random":
+            with torch.device("meta" if meta else "cpu"):
+                return auto.from_config(config, dtype=dtype_of(settings)), set()
+        if folder:
+            check_weights(folder)
+        place = folder or settings.entry("model").about["hub"]
+        options: Any = {"dtype": dtype_of(settings), "use_safetensors": True, "output_loading_info": True}
+        with load_errors(settings, folder):
+            model, info = auto.from_pretrained(place, config=config, ignore_mismatched_sizes=True, **options)
+    lacking = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+    wrong = sorted(name for name in lacking if may_lack is None or not may_lack(name))
+    if wrong:
+        raise UserError(f"{place}: {len(wrong)} weights are missing or of another shape, {wrong[0]} first")
+    return model, lacking
+
+
+@contextmanager
+def load_errors(settings: Settings, folder: Path | None) -> Iterator[None]:
+    """What transformers says of a model that it cannot load, as one line."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        where = folder or f"hub {settings.entry('model').about['hub']}"
+        reason = " ".join(str(error).split())[:200]
+        hint = "" if folder else "; give model.path=<folder> with a local copy, or model.weights=random"
+        raise UserError(f"model {settings.model.name}: cannot load {where}: {reason}{hint}") from None
 
 
 def check_weights(folder: Path) -> None:

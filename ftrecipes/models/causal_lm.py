@@ -6,12 +6,10 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from ftrecipes.errors import UserError
-from ftrecipes.models.base import PACKAGED, Loaded, check_weights, dtype_of, folder_of, read_json
-from ftrecipes.rng import derive
+from ftrecipes.models.base import PACKAGED, Loaded, build, config_of, folder_of, read_json
 from ftrecipes.tasks.causal_lm import CausalLM
 
 if TYPE_CHECKING:
@@ -22,15 +20,15 @@ def load(settings: Settings, *, meta: bool = False) -> Loaded:
     """The model and its tokenizer; on the meta device neither hub nor weights are touched."""
     notes: list[str] = []
     folder = converted(settings) or folder_of(settings)
-    build = functools.partial(_build, settings, folder, meta)
-    model = build()
+    pristine = functools.partial(_build, settings, folder, meta)
+    model = pristine()
     tokenizer = _tokenizer(settings, folder, notes, offline=meta or settings.model.weights == "random")
     limit = getattr(model.config, "max_position_embeddings", None)
     length = settings.data.max_length
     if limit and length > limit:
         raise UserError(f"data.max_length={length}: model {settings.model.name} has {limit} positions")
     task = CausalLM(tokenizer, max_length=length, template=settings.data.template, packing=settings.data.packing)
-    return Loaded(model, task, build, notes=notes)
+    return Loaded(model, task, pristine, notes=notes)
 
 
 def converted(settings: Settings) -> Path | None:
@@ -44,38 +42,9 @@ def converted(settings: Settings) -> Path | None:
 
 
 def _build(settings: Settings, folder: Path | None, meta: bool) -> nn.Module:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    about, options = settings.entry("model").about, {"attn_implementation": settings.model.attention}
-    dtype, changes = dtype_of(settings), dict(settings.model.architecture)
-    if changes and settings.model.weights != "random":
-        raise UserError("model.architecture changes the shapes of weights; it needs model.weights=random")
-    if meta or settings.model.weights == "random":
-        if folder:
-            config = AutoConfig.from_pretrained(folder, **options, **changes)
-        elif about.get("architecture"):
-            config = AutoConfig.for_model(**{**about["architecture"], **changes}, **options)
-        else:
-            raise UserError(f"model {settings.model.name} has no architecture in its config; give model.path=<folder>")
-        with torch.device("meta" if meta else "cpu"), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive("weights", settings.seed))
-            return AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-any-return]
-    if folder:
-        check_weights(folder)
-    if not folder and not about.get("hub"):
-        raise UserError(f"model {settings.model.name} is a shape without weights of its own; give model.path=<folder>")
-    try:
-        loading: Any = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True, **options}
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder or about["hub"], **loading)
-    except (OSError, ValueError) as error:
-        where = folder or f"hub {about['hub']}"
-        reason = " ".join(str(error).split())[:200]
-        hint = "" if folder else "; give model.path=<folder> with a local copy, or model.weights=random"
-        raise UserError(f"model {settings.model.name}: cannot load {where}: {reason}{hint}") from None
-    model, info = loaded
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise UserError(f"{folder or about['hub']}: {len(missing)} weights are missing, {missing[0]} first")
+    model, _ = build(settings, folder, AutoModelForCausalLM, config_of(settings, folder, meta=meta), meta=meta)
     return model  # type: ignore[no-any-return]
 
 
