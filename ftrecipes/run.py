@@ -121,6 +121,8 @@ class Run:
         if extra and not any(p.role in extra or f"re:{p.role}" in extra for p in self.anatomy.parts):
             have = ", ".join(sorted({part.role for part in self.anatomy.parts}))
             raise UserError(f"model.also_train={extra}: no such role in {self.settings.model.name}; it has {have}")
+        for name in self.loaded.fresh:
+            self.model.get_parameter(name).requires_grad_(True)
         if self.precision != "bf16":
             for parameter in self.model.parameters():
                 if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):

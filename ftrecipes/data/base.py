@@ -23,7 +23,7 @@ Example = dict[str, Any]
 
 @dataclass
 class Splits:
-    """Raw examples by split. retain_name: what the retained domain is called in reports."""
+    """Raw examples by split. retain_name: what the retained domain is called in reports; labels: the classes by name."""
 
     train: Sequence[Example]
     validation: Sequence[Example]
@@ -31,6 +31,7 @@ class Splits:
     retain: Sequence[Example] = ()
     retain_name: str = "pretraining"
     notes: list[str] = field(default_factory=list)
+    labels: Sequence[str] = ()
 
 
 class Dataset:

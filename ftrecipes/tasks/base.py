@@ -35,6 +35,8 @@ class Task:
     target: ClassVar[str]
     """The metric that says how well the target task is done."""
     higher_is_better: ClassVar[bool] = True
+    forgetting: ClassVar[tuple[str, ...]] = ("nll",)
+    """The metrics that are shown of the retained set."""
 
     def encode(self, example: Example) -> Encoded:
         """One raw example as what `collate` takes. Raises ValueError with a reason when it must be skipped."""
