@@ -437,6 +437,7 @@ class Run:
             "journal": self.journal,
             "events": self.events,
             "best": self.best,
+            "row": {name: _number(v) for name, v in self._row.items()},
             "touched": sorted(self.touched),
             "structure": self.stack.structure(),
             "methods": self.stack.state_dict(),
@@ -584,7 +585,7 @@ class Run:
         self.load_weights(state["weights"])
         self.stack.load_state_dict(state["methods"])
         self.step, self.events, self.best = state["step"], state["events"], state["best"]
-        self._checkpoints = state["checkpoint"]
+        self._checkpoints, self._row = state["checkpoint"], state["row"]
         if self.update.scaler and state["scaler"]:
             vars(self.update.scaler).update(state["scaler"])
         self._resume = state if state["fit"] else None
