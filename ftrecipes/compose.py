@@ -172,7 +172,7 @@ def _choices(override: Override) -> Iterator[str]:
     for value in values:
         for name in _as_list(value):
             if name is not None:
-                yield str(name).strip("'\"")
+                yield str(getattr(name, "text", name))
 
 
 def _holds_target(node: Any) -> bool:
@@ -332,6 +332,7 @@ def resolve(values: dict[str, Any], words: Sequence[str] = ()) -> Settings:
         if group not in sections or value not in ({}, None) or rest:
             raise UserError(f"unknown setting '{path}'{nearest(path, declared)}")
     for path, knob in declared.items():
+        _complete(values, path, knob["default"])
         value = schema.coerce(lookup(values, path), knob)
         wrong = schema.problem(value, knob)
         if wrong:
@@ -347,6 +348,15 @@ def resolve(values: dict[str, Any], words: Sequence[str] = ()) -> Settings:
         if wrong:
             raise UserError(f"{path} {wrong} ({settings.origin.get(path, 'set')})")
     return settings
+
+
+def _complete(values: dict[str, Any], path: str, default: Any) -> None:
+    """Give a setting that a record of an earlier version lacks its default."""
+    *parents, last = path.split(".")
+    node = values
+    for parent in parents:
+        node = node.setdefault(parent, {})
+    node.setdefault(last, default)
 
 
 def _follow_lead(values: dict[str, Any], words: Sequence[str]) -> None:
