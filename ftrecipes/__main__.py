@@ -1,0 +1,5 @@
+"""`python -m ftrecipes` is `ftr`."""
+
+from ftrecipes.cli import main
+
+main()
