@@ -5,10 +5,9 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from ftrecipes.models.base import Loaded
-
 if TYPE_CHECKING:
     from ftrecipes.compose import Settings
+    from ftrecipes.models.base import Loaded
 
 LOADERS = {"causal-lm": "causal_lm", "vit": "vision", "toy": "toy"}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ftrecipes.compose import Settings
 
 PACKAGED = PACKAGE / "models" / "packaged"
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model", "LICENSE*", "README.md"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -69,41 +70,75 @@ def precision_of(settings: Settings) -> str:
     return "bf16-mixed" if device_of(settings).type == "cuda" else "32"
 
 
-def folder_of(settings: Settings) -> Path | None:
-    """The local folder that a model is loaded from, checked; None when it comes from the hub."""
-    about = settings.entry("model").about
-    if settings.model.path:
-        folder = Path(settings.model.path).expanduser()
+def folder_of(settings: Settings, *, meta: bool) -> Path | None:
+    """The local folder that a model is loaded from, made or downloaded the first time; None where a shape is enough."""
+    about, path = settings.entry("model").about, settings.model.path
+    hub = settings.model.get("hub") or about.get("hub")
+    if path:
+        folder = Path(path).expanduser()
         if not folder.is_dir():
-            raise UserError(f"model.path={settings.model.path}: no such folder")
+            raise UserError(f"model.path={path}: no such folder")
     elif about.get("packaged"):
         folder = PACKAGED / about["packaged"]
         if not folder.is_dir():
             raise UserError(f"model {settings.model.name}: its packaged weights are missing ({folder})")
-    else:
+    elif meta or settings.model.weights == "random":
         return None
+    elif about.get("gguf"):
+        from ftrecipes.models import gguf
+
+        folder = gguf.folder(settings.model.name, about["gguf"])
+    elif hub:
+        folder = download(settings.model.name, hub, settings.model.revision)
+    else:
+        either = "model.hub=<organisation/name> or model.path=<folder>" if "hub" in settings.model else "model.path=<folder>"
+        raise UserError(f"model {settings.model.name} has no weights of its own; give {either}")
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no config.json; a folder in the hub's format is needed")
     return folder
 
 
+def download(name: str, hub: str, revision: str | None) -> Path:
+    """The folder of a hub's model in the local cache, fetched when it is not there. Pickles and folders in it stay away.
+
+    Without a network the cached copy serves; when there is none, that is said at once.
+    """
+    from huggingface_hub import errors, snapshot_download
+
+    instead = "give model.path=<folder> with a local copy, or model.weights=random for the shape alone"
+    where = f"model {name}: {hub}" + (f" at {revision}" if revision else "")
+    try:
+        return Path(snapshot_download(hub, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=["*/*", "consolidated*"]))
+    except errors.GatedRepoError:
+        raise UserError(f"{where} is gated: accept its licence on huggingface.co/{hub}, then `hf auth login`; or {instead}") from None
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
+        raise UserError(f"{where} is not on the hub, or not for this login ({_first(error)})") from None
+    except errors.LocalEntryNotFoundError:
+        raise UserError(f"{where} is not in the local cache and the hub cannot be reached; {instead}") from None
+    except (errors.HfHubHTTPError, OSError) as error:
+        raise UserError(f"{where} could not be fetched: {_first(error)}; {instead}") from None
+
+
+def _first(error: Exception) -> str:
+    """An error of another library, short and on one line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 def config_of(settings: Settings, folder: Path | None, *, meta: bool) -> Any:
-    """The transformers configuration: the folder's, that of the model's YAML where no weights are needed, or the hub's."""
+    """The transformers configuration: the folder's, or that of the model's YAML where no weights are needed."""
     from transformers import AutoConfig
 
     about, changes = settings.entry("model").about, dict(settings.model.architecture)
     options: Any = {"attn_implementation": settings.model.attention}
-    shape_only = meta or settings.model.weights == "random"
     if changes and settings.model.weights != "random":
         raise UserError("model.architecture changes the shapes of weights; it needs model.weights=random")
-    if shape_only and not folder:
+    with load_errors(settings, folder):
+        if folder:
+            read_json(folder / "config.json")
+            return AutoConfig.from_pretrained(folder, trust_remote_code=False, **options, **changes)
         if not about.get("architecture"):
             raise UserError(f"model {settings.model.name} has no architecture in its config; give model.path=<folder>")
         return AutoConfig.for_model(**{**about["architecture"], **changes}, **options)
-    if not folder and not about.get("hub"):
-        raise UserError(f"model {settings.model.name} is a shape without weights of its own; give model.path=<folder>")
-    with load_errors(settings, folder):
-        return AutoConfig.from_pretrained(folder or about["hub"], **options, **changes)
 
 
 def build(
@@ -123,16 +158,15 @@ def build(
         if meta or settings.model.weights == "random":
             with torch.device("meta" if meta else "cpu"):
                 return auto.from_config(config, dtype=dtype_of(settings)), set()
-        if folder:
-            check_weights(folder)
-        place = folder or settings.entry("model").about["hub"]
-        options: Any = {"dtype": dtype_of(settings), "use_safetensors": True, "output_loading_info": True}
+        assert folder
+        check_weights(folder)
+        options: Any = {"dtype": dtype_of(settings), "use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
         with load_errors(settings, folder):
-            model, info = auto.from_pretrained(place, config=config, ignore_mismatched_sizes=True, **options)
+            model, info = auto.from_pretrained(folder, config=config, ignore_mismatched_sizes=True, **options)
     lacking = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
     wrong = sorted(name for name in lacking if may_lack is None or not may_lack(name))
     if wrong:
-        raise UserError(f"{place}: {len(wrong)} weights are missing or of another shape, {wrong[0]} first")
+        raise UserError(f"{folder}: {len(wrong)} weights are missing or of another shape, {wrong[0]} first")
     return model, lacking
 
 
@@ -141,11 +175,10 @@ def load_errors(settings: Settings, folder: Path | None) -> Iterator[None]:
     """What transformers says of a model that it cannot load, as one line."""
     try:
         yield
-    except (OSError, ValueError) as error:
-        where = folder or f"hub {settings.entry('model').about['hub']}"
-        reason = " ".join(str(error).split())[:200]
-        hint = "" if folder else "; give model.path=<folder> with a local copy, or model.weights=random"
-        raise UserError(f"model {settings.model.name}: cannot load {where}: {reason}{hint}") from None
+    except (UserError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        raise UserError(f"model {settings.model.name}: cannot load {folder or 'its architecture'}: {_first(error)}") from error
 
 
 def check_weights(folder: Path) -> None:
@@ -153,15 +186,17 @@ def check_weights(folder: Path) -> None:
     files = sorted(folder.glob("*.safetensors"))
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        wanted = set(json.loads(index.read_text())["weight_map"].values())
-        missing = wanted - {f.name for f in files}
+        shards = (read_json(index) or {}).get("weight_map")
+        if not isinstance(shards, dict):
+            raise UserError(f"{index}: has no weight_map; copy or download it again")
+        missing = set(shards.values()) - {f.name for f in files}
         if missing:
             raise UserError(f"{folder}: {sorted(missing)[0]} is named in {index.name} and missing")
     if not files:
         pickles = [p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth"))]
         if pickles:
             raise UserError(f"{folder}: {pickles[0]} is a pickle, which can run code; convert it to safetensors first")
-        raise UserError(f"{folder}: no *.safetensors")
+        raise UserError(f"{folder}: no *.safetensors (of a hub's model, model.revision=refs/pr/<number> can name a conversion)")
     for file in files:
         check_safetensors(file)
 
@@ -180,10 +215,12 @@ def check_safetensors(file: Path) -> None:
         raise UserError(f"{file}: not a whole safetensors file ({size} bytes); copy or download it again")
 
 
-def fingerprint(model: nn.Module) -> str:
-    """A hash of names, shapes and a sample of the values of all weights (16 hex digits)."""
+def fingerprint(model: nn.Module, fresh: Collection[str] = ()) -> str:
+    """A hash of names, shapes and a sample of the values of all weights but the fresh ones (16 hex digits)."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
+        if name in fresh:
+            continue
         flat = tensor.detach().reshape(-1)
         step = max(1, flat.numel() // 4096)
         sample: Tensor = flat[::step][:4096].float().cpu()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ftrecipes.errors import UserError
-from ftrecipes.models.base import PACKAGED, Loaded, build, config_of, folder_of, read_json
+from ftrecipes.models.base import PACKAGED, Loaded, build, config_of, folder_of, load_errors, read_json
 from ftrecipes.tasks.causal_lm import CausalLM
 
 if TYPE_CHECKING:
@@ -19,26 +19,18 @@ if TYPE_CHECKING:
 def load(settings: Settings, *, meta: bool = False) -> Loaded:
     """The model and its tokenizer; on the meta device neither hub nor weights are touched."""
     notes: list[str] = []
-    folder = converted(settings) or folder_of(settings)
-    pristine = functools.partial(_build, settings, folder, meta)
-    model = pristine()
-    tokenizer = _tokenizer(settings, folder, notes, offline=meta or settings.model.weights == "random")
-    limit = getattr(model.config, "max_position_embeddings", None)
+    folder = folder_of(settings, meta=meta)
+    config = config_of(settings, folder, meta=meta)
+    limit = getattr(config, "max_position_embeddings", None)
     length = settings.data.max_length
     if limit and length > limit:
-        raise UserError(f"data.max_length={length}: model {settings.model.name} has {limit} positions")
+        raise UserError(f"data.max_length={length}: model {settings.model.name} has {limit} positions; data.max_length={limit} fits")
+    tokenizer = _tokenizer(settings, folder, notes, stand_in=meta or settings.model.weights == "random")
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(f"model {settings.model.name}: its tokenizer has {len(tokenizer)} tokens, its embedding {config.vocab_size}")
+    pristine = functools.partial(_build, settings, folder, meta)
     task = CausalLM(tokenizer, max_length=length, template=settings.data.template, packing=settings.data.packing)
-    return Loaded(model, task, pristine, notes=notes)
-
-
-def converted(settings: Settings) -> Path | None:
-    """The folder that a model out of a Python package was converted to, made the first time."""
-    source = settings.entry("model").about.get("gguf")
-    if not source or settings.model.path:
-        return None
-    from ftrecipes.models import gguf
-
-    return gguf.folder(settings.model.name, source)
+    return Loaded(pristine(), task, pristine, notes=notes)
 
 
 def _build(settings: Settings, folder: Path | None, meta: bool) -> nn.Module:
@@ -48,30 +40,27 @@ def _build(settings: Settings, folder: Path | None, meta: bool) -> nn.Module:
     return model  # type: ignore[no-any-return]
 
 
-def _tokenizer(settings: Settings, folder: Path | None, notes: list[str], *, offline: bool) -> Any:
+def _tokenizer(settings: Settings, folder: Path | None, notes: list[str], *, stand_in: bool) -> Any:
     from transformers import AutoTokenizer
 
-    hub = settings.entry("model").about.get("hub")
-    place: Path | str | None = folder if folder and _has_tokenizer(folder) else None
-    if place is None and offline:
+    if folder and _has_tokenizer(folder):
+        place = folder
+    elif stand_in:
         place = PACKAGED / "tiny-llama"
         notes.append("there is no tokenizer beside the weights; tiny-llama's stands in")
-    if place is None:
-        if folder:
-            raise UserError(f"{folder}: no tokenizer (tokenizer.json or tokenizer.model)")
-        place = hub
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(place)
-    except (OSError, ValueError) as error:
-        raise UserError(f"tokenizer {place}: {' '.join(str(error).split())[:200]}") from None
+    else:
+        raise UserError(f"{folder}: no tokenizer (tokenizer.json or tokenizer.model)")
+    with load_errors(settings, place):
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     if not tokenizer.is_fast:
-        raise UserError(f"tokenizer {place}: a fast tokenizer (tokenizer.json) is needed to tell answers from prompts")
+        raise UserError(f"{place}: a fast tokenizer (tokenizer.json) is needed to tell answers from prompts")
     if settings.data.template == "chat" and not tokenizer.chat_template:
-        raise UserError(f"tokenizer {place} has no chat template; use data.template=plain")
+        raise UserError(f"{place}: its tokenizer has no chat template; use data.template=plain")
     return tokenizer
 
 
 def _has_tokenizer(folder: Path) -> bool:
-    if (folder / "tokenizer_config.json").is_file():
-        read_json(folder / "tokenizer_config.json")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            read_json(folder / name)
     return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
