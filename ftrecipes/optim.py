@@ -47,7 +47,7 @@ def _adafactor(groups: list[dict[str, Any]], knobs: dict[str, Any], in_block: An
 
 
 def _lion(groups: list[dict[str, Any]], knobs: dict[str, Any], in_block: Any) -> torch.optim.Optimizer:
-    from lion_pytorch.foreach_lion import Lion
+    from lion_pytorch.foreach import Lion
 
     return Lion(groups, betas=tuple(knobs["betas"]))  # type: ignore[no-any-return]
 
