@@ -66,7 +66,7 @@ class _Selected(torch.autograd.Function):
             grad_w = found.pop(0) if wants_values else None
         grad_values = None if grad_w is None else grad_w.reshape(-1)[index].to(ctx.values_dtype)
         features = 1 if isinstance(module, nn.Conv2d) else -1
-        grad_bias = g.movedim(features, -1).flatten(0, -2).sum(0).to(module.bias.dtype) if wants_bias else None
+        grad_bias = g.movedim(features, -1).reshape(-1, g.shape[features]).sum(0).to(module.bias.dtype) if wants_bias else None
         return None if grad_x is None else grad_x.to(x.dtype), grad_values, None, grad_bias, None
 
 
