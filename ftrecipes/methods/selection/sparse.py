@@ -165,7 +165,7 @@ class SparseMethod(Method):
         module.__class__ = _classes.setdefault(type(module), type(f"Sparse{type(module).__name__}", (_Sparse, type(module)), {}))
         module.chosen = chosen
         self.chosen[part.name] = chosen
-        self.ever[part.name] = chosen.index
+        self.ever[part.name] = chosen.index.clone()  # of its own: safetensors refuses two names for one memory
 
     def updated(self, run: Run) -> None:
         if self.due(run):
