@@ -2,7 +2,7 @@
 
 A paper is a subclass of `Delta` (one weight's trainable numbers) and a `DeltaMethod` that names it. In `Delta`:
 
-    __init__(layer, method, rng)   make parameters from `layer.weight` (rows x cols, float32 or meta) and the knobs
+    __init__(layer, method, rng)   make parameters from `layer.weight` (rows x cols) and the knobs
     delta()                        the dense update (rows x cols)
     forward(x, y)                  the layer's new output, where y = W x + b was computed already; override it when the
                                    update has a cheaper form than a dense product: `y + self.product(x, B, A)`
@@ -11,14 +11,14 @@ A paper is a subclass of `Delta` (one weight's trainable numbers) and a `DeltaMe
 
 Rows are outputs and columns inputs, for Linear, Conv1D (GPT-2), Conv2d (columns are kernel positions) and Embedding (rows
 are its dimensions, columns its tokens) alike. Features stand last in y and in what `into` gives, so a formula written for
-Linear holds for all. The base stays bit-equal; trainable numbers are float32 whatever the base is held in, and products
-run in the dtype of the activations.
+Linear holds for all. The base stays bit-equal; trainable numbers are float32 whatever the base is held in (float64 for a
+float64 base), and products run in the dtype of the activations.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -32,6 +32,11 @@ from ftrecipes.method import Method, parts_of
 if TYPE_CHECKING:
     from ftrecipes.anatomy import Part
     from ftrecipes.run import Run
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Products inside run in the dtype of their factors, under mixed precision too."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -51,9 +56,14 @@ class Layer:
         return self.module.weight.detach()  # type: ignore[union-attr, operator]
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What trainable numbers are held and merged in: float32, or float64 where the base is."""
+        return torch.promote_types(self.raw.dtype, torch.float32)
+
+    @property
     def weight(self) -> Tensor:
-        """The frozen weight as (rows x cols), float32."""
-        return self.matrix(self.raw).float()
+        """The frozen weight as (rows x cols), in `dtype`."""
+        return self.matrix(self.raw).to(self.dtype)
 
     @property
     def bias(self) -> Tensor | None:
@@ -76,17 +86,17 @@ class Layer:
         """The inverse of `matrix`."""
         if isinstance(self.module, (Conv1D, nn.Embedding)):
             return matrix.T
-        return matrix.view(self.raw.shape)
+        return matrix.reshape(self.raw.shape)
 
     def into(self, x: Tensor, matrix: Tensor) -> Tensor:
         """The layer's product with another matrix (r x cols) in place of its weight; features last (…, r)."""
         module = self.module
         if isinstance(module, nn.Conv2d):
-            kernel = matrix.to(x.dtype).view(len(matrix), *self.raw.shape[1:])
-            y = F.conv2d(x, kernel, None, module.stride, module.padding, module.dilation, module.groups)  # type: ignore[arg-type]
-            return y.movedim(1, -1)
+            kernel = matrix.to(x.dtype).reshape(len(matrix), *self.raw.shape[1:])
+            return module._conv_forward(x, kernel, None).movedim(1, -1)
         if isinstance(module, nn.Embedding):
-            return F.embedding(x, matrix.T)
+            scale = getattr(module, "embed_scale", 1.0)  # some families multiply what they look up
+            return F.embedding(x, matrix.T, module.padding_idx) * scale
         return linear(x, matrix)
 
     def last(self, y: Tensor) -> Tensor:
@@ -107,10 +117,10 @@ class Delta(nn.Module):
         self.strength = 1.0
 
     def parameter(self, *shape: int, init: Callable[[Tensor], Any] | None = None) -> nn.Parameter:
-        """A float32 parameter on the layer's device; zeros unless `init` fills it (drawn on the CPU)."""
+        """A parameter on the layer's device; zeros unless `init` fills it (drawn on the CPU)."""
         if self.layer.device.type == "meta":
-            return nn.Parameter(torch.empty(shape, device="meta"))
-        tensor = torch.zeros(shape)
+            return nn.Parameter(torch.empty(shape, dtype=self.layer.dtype, device="meta"))
+        tensor = torch.zeros(shape, dtype=self.layer.dtype)
         if init is not None:
             init(tensor)
         return nn.Parameter(tensor.to(self.layer.device))
@@ -120,7 +130,7 @@ class Delta(nn.Module):
         raise NotImplementedError
 
     def merged(self, weight: Tensor) -> Tensor:
-        """The new weight (rows x cols) for the frozen one, float32."""
+        """The new weight (rows x cols) for the frozen one, both in the layer's `dtype`."""
         return weight + self.delta()
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -218,12 +228,10 @@ class DeltaMethod(Method):
         tied = tied_weights(run.model)
         for name, delta in self.deltas.items():
             module, layer = delta.layer.module, delta.layer
-            new = layer.stored(delta.final(layer.weight)).to(layer.raw.dtype)
+            new = layer.stored(delta.final(layer.weight))
             if name in tied:
-                module.weight = nn.Parameter(new.contiguous(), requires_grad=False)
-                run.model.config.tie_word_embeddings = False  # type: ignore[union-attr]
-            else:
-                module.weight.copy_(new)  # type: ignore[union-attr, operator]
+                untie(run.model, module)
+            module.weight.copy_(new)  # type: ignore[union-attr, operator]
             module.__class__ = type(module).__mro__[2]
             del module.delta
         self.deltas = {}
@@ -239,14 +247,15 @@ def tied_weights(model: nn.Module) -> set[str]:
     return {name for names in owners.values() if len(names) > 1 for name in names}
 
 
+def untie(model: Any, module: nn.Module) -> None:
+    """Give a module whose weight is shared a weight of its own, equal to the shared one and frozen."""
+    module.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=False)  # type: ignore[union-attr, operator]
+    model.config.tie_word_embeddings = False
+
+
 def check_rank(method: Any, layer: Layer, rank: int) -> None:
     """Refuse a rank that the layer's matrix does not have."""
     if rank > min(layer.shape):
         raise UserError(
             f"{method.key}.rank={rank}: {layer.name} is {layer.shape[0]} x {layer.shape[1]}, its rank is at most {min(layer.shape)}"
         )
-
-
-def kaiming(rng: torch.Generator) -> Callable[[Tensor], Any]:
-    """LoRA's start of A: uniform within 1/sqrt(cols)."""
-    return lambda tensor: nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=rng)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ftrecipes.methods.adapters.delta import Delta, DeltaMethod, Layer, check_rank, kaiming
+from ftrecipes.methods.adapters.delta import Delta, DeltaMethod, Layer, check_rank
 
 
 class LowRank(Delta):
@@ -26,14 +26,25 @@ class LowRank(Delta):
         super().__init__(layer, method, rng)
         rank, (rows, cols) = method.rank, layer.shape
         check_rank(method, layer, rank)
-        if isinstance(layer.module, nn.Embedding):  # as in loralib: the factor of the tokens is the zero one
-            self.A = self.parameter(rank, cols)
-            self.B = self.parameter(rows, rank, init=lambda t: t.normal_(generator=rng("B")))
-        else:
-            self.A = self.parameter(rank, cols, init=kaiming(rng("A")))
-            self.B = self.parameter(rows, rank)
+        self.A = self.parameter(rank, cols)
+        self.B = self.parameter(rows, rank)
+        self.start(rng)
         self.scale = method.alpha / (math.sqrt(rank) if getattr(method, "rslora", False) else rank)
         self.dropout = nn.Dropout(method.dropout)
+
+    @torch.no_grad()
+    def start(self, rng: Callable[[str], torch.Generator]) -> None:
+        """One factor random, the other zero; of an embedding the zero one is the tokens' (as in loralib)."""
+        if self.A.is_meta:
+            return
+        random, zero, name = (self.B, self.A, "B") if isinstance(self.layer.module, nn.Embedding) else (self.A, self.B, "A")
+        drawn = torch.empty(random.shape, dtype=random.dtype)
+        if name == "A":
+            nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=rng(name))
+        else:
+            drawn.normal_(generator=rng(name))
+        random.copy_(drawn)
+        zero.zero_()
 
     def delta(self) -> Tensor:
         return self.scale * self.B @ self.A

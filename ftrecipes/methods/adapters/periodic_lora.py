@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ftrecipes.methods.adapters.delta import Delta, DeltaMethod, Layer, kaiming
+from ftrecipes.methods.adapters.delta import Delta, DeltaMethod, Layer, tied_weights, untie
 from ftrecipes.methods.adapters.lora import LowRank
 
 if TYPE_CHECKING:
+    from ftrecipes.anatomy import Part
     from ftrecipes.run import Run
 
 
@@ -50,6 +51,11 @@ class PeriodicLoRA(DeltaMethod):
             if total > 0 or self.unload_last:
                 run.once(f"unload-{stage}", lambda: self.unload(run))
 
+    def attach(self, run: Run, part: Part, saved: dict[str, Any] | None = None) -> None:
+        if part.name in tied_weights(run.model):  # folding into a shared weight would change its other owner too
+            untie(run.model, part.module)
+        super().attach(run, part, saved)
+
     @torch.no_grad()
     def unload(self, run: Run) -> int:
         """Fold the stage's update into the weights and start the adapter anew."""
@@ -67,8 +73,8 @@ class PeriodicLoRA(DeltaMethod):
         return len(self.stages)
 
     def increment(self, delta: Delta, stage: int) -> Tensor:
-        """V_t of a layer: what unloading stage t adds to its weight, float32."""
-        total = torch.zeros(delta.layer.shape, device=delta.layer.device)
+        """V_t of a layer: what unloading stage t adds to its weight."""
+        total = torch.zeros(delta.layer.shape, dtype=delta.layer.dtype, device=delta.layer.device)
         for t in range(stage + 1):
             share = self.share(t, stage)
             if share:
@@ -92,10 +98,7 @@ class PeriodicLoRA(DeltaMethod):
         if carry and self.momentum:
             delta.B.mul_(self.momentum)
             return
-        fresh = torch.empty(delta.A.shape)
-        kaiming(run.generator("init", delta.layer.name, "A", len(self.stages)))(fresh)
-        delta.A.copy_(fresh)
-        delta.B.zero_()
+        delta.start(lambda factor: run.generator("init", delta.layer.name, factor, len(self.stages)))
 
     def stacked(self, name: str) -> tuple[Tensor, Tensor]:
         """All that was added to a weight, the live adapter included, as one LoRA: B (rows x R), A (R x cols), same scale."""

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch import nn
-
 from ftrecipes.errors import UserError
 from ftrecipes.method import Method
-from ftrecipes.methods.adapters.delta import tied_weights
+from ftrecipes.methods.adapters.delta import tied_weights, untie
 
 if TYPE_CHECKING:
     from ftrecipes.run import Run
@@ -31,8 +29,7 @@ class LinearProbe(Method):
         tied = tied_weights(run.model)
         for part in heads:
             if part.name in tied:
-                part.module.weight = nn.Parameter(part.weight.detach().clone())
-                run.model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+                untie(run.model, part.module)
             part.module.requires_grad_(True)
             if part.module.bias is not None:
                 part.module.bias.requires_grad_(self.bias)  # type: ignore[union-attr, operator]
