@@ -4,9 +4,10 @@ A weight W0 (out x in) is split into the length of each of its rows and their di
 directly, the direction through a low-rank update that is renormalised:
 
     V = W0 + s B A,   c_i = ||V_i||,   W' = diag(m / c) V,   m = ||W0_i|| at the start, so W' = W0
+    y = W0 x + b + (q - 1) * W0 xd + q * s B A xd,   q = m / c,   xd = dropout(x)
 
 c is held constant in the backward pass (the paper's section 4.3 on training overhead; `detach_norm: false` keeps it
-live). It is computed from r-sized products only:
+live). It is computed from r-sized products only, in float32 whatever the activations are in:
 
     c^2 = ||W0_i||^2 + 2 s rowsum((W0 A^T) * B) + s^2 rowsum((B A A^T) * B)
 
@@ -21,68 +22,88 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ftrecipes.methods.adapters.delta import Delta, DeltaMethod, Layer
+from ftrecipes.method import parts_of
+from ftrecipes.methods.adapters.delta import Delta, DeltaMethod, Layer, without_autocast
 from ftrecipes.methods.adapters.lora import LowRank
+
+ROWS = 2**22
+"""Numbers of a 16-bit weight that are held in float32 at a time."""
+
+
+TINY = 1e-12
+"""Least length of a row; a row of zeros has no direction."""
+
+
+def lengths(weight: Tensor) -> Tensor:
+    """Norm of each row (rows,)."""
+    return weight.norm(dim=1).clamp_min(TINY)
 
 
 class Magnitude(Delta):
     """diag(m / ||W0||) W0: the lengths alone."""
 
-    m: nn.Parameter
     norm0: Tensor
 
     def __init__(self, layer: Layer, method: Any, rng: Callable[[str], torch.Generator]) -> None:
         super().__init__(layer, method, rng)
-        norms = layer.weight.norm(dim=1)
+        norms = lengths(layer.weight)
         self.m = nn.Parameter(norms.clone())
         self.register_buffer("norm0", norms, persistent=False)
+        self.dropout = nn.Dropout(method.dropout)
 
     def merged(self, weight: Tensor) -> Tensor:
         return (self.m / self.norm0)[:, None] * weight
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return _rescale(y, self.m / self.norm0, self.layer.bias)
+        _, base = _dropped(self, x, y)
+        return _lengthen(y, base, self.m / self.norm0)
 
 
 class Decomposed(LowRank):
     """diag(m / c) (W0 + s B A)."""
 
-    m: nn.Parameter
     norm0: Tensor
 
     def __init__(self, layer: Layer, method: Any, rng: Callable[[str], torch.Generator]) -> None:
         super().__init__(layer, method, rng)
-        norms = layer.weight.norm(dim=1)
+        norms = lengths(layer.weight)
         self.m = nn.Parameter(norms.clone())
         self.register_buffer("norm0", norms, persistent=False)
         self.detach_norm = method.detach_norm
 
     def norm(self) -> Tensor:
-        """c (out), float32, without a product of the size of the weight."""
+        """c (out), without a product of the size of the weight."""
         A, B, s = self.A, self.B, self.scale
-        W0A = (self.layer.matrix(self.layer.raw) @ A.T.to(self.layer.raw.dtype)).float()
-        squared = self.norm0**2 + 2 * s * (W0A * B).sum(1) + s**2 * ((B @ (A @ A.T)) * B).sum(1)
-        return squared.clamp_min(1e-24).sqrt()
+        W0 = self.layer.matrix(self.layer.raw)
+        with without_autocast(W0.device):
+            W0A = torch.cat([rows.to(A.dtype) @ A.T for rows in W0.split(max(1, ROWS // W0.shape[1]))])
+            squared = self.norm0**2 + 2 * s * (W0A * B).sum(1) + s**2 * ((B @ (A @ A.T)) * B).sum(1)
+            return squared.clamp_min(TINY**2).sqrt()
 
     def merged(self, weight: Tensor) -> Tensor:
         V = weight + self.scale * self.B @ self.A
-        return (self.m / V.norm(dim=1))[:, None] * V
+        return (self.m / lengths(V))[:, None] * V
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        c = self.norm()
-        q = self.m / (c.detach() if self.detach_norm else c)
-        q = q.to(y.dtype)
-        if x.is_floating_point() and self.dropout.p and self.training:
-            # the plain W0 x is not dropped out, what is added to it is
-            x = self.dropout(x)
-            base = self.layer.into(x, self.layer.matrix(self.layer.raw))
-            return y + (q - 1) * base + q * self.scale * self.product(x, self.B, self.A)
-        return _rescale(y, q, self.layer.bias) + q * self.scale * self.product(x, self.B, self.A)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach_norm):
+            c = self.norm()
+        q = self.m / c
+        x, base = _dropped(self, x, y)
+        return _lengthen(y, base, q) + (q * self.scale).to(y.dtype) * self.product(x, self.B, self.A)
 
 
-def _rescale(y: Tensor, q: Tensor, bias: Tensor | None) -> Tensor:
-    """q * (y - b) + b."""
-    return y * q if bias is None else torch.addcmul(bias.to(y.dtype), y - bias, q.to(y.dtype))
+def _dropped(delta: Magnitude | Decomposed, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Input after dropout and W0 times it, without the bias; where nothing is dropped the product stands in y already."""
+    layer = delta.layer
+    if x.is_floating_point() and delta.dropout.p and delta.training:
+        x = delta.dropout(x)
+        return x, layer.into(x, layer.matrix(layer.raw))
+    return x, y if layer.bias is None else y - layer.bias.to(y.dtype)
+
+
+def _lengthen(y: Tensor, base: Tensor, q: Tensor) -> Tensor:
+    """y + (q - 1) * base. Rounded to 16 bits, q is 1 for every change of a length below 0.4 %; q - 1 keeps its digits."""
+    return torch.addcmul(y, base, (q - 1).to(y.dtype))
 
 
 class DoRA(DeltaMethod):
@@ -93,11 +114,11 @@ class DoRA(DeltaMethod):
     magnitude_only: list[str]
 
     def prepare(self, run: Any) -> None:
-        super().prepare(run)
-        if self.magnitude_only:
-            for part in run.anatomy.select(self.magnitude_only, self.blocks):
-                if part.name not in self.deltas:
-                    self.attach(run, part, {"magnitude": True})
+        if self.targets or not self.magnitude_only:
+            super().prepare(run)
+        for part in parts_of(run, self, self.magnitude_only, self.blocks) if self.magnitude_only else []:
+            if part.name not in self.deltas:
+                self.attach(run, part, {"magnitude": True})
 
     def make(self, layer: Layer, rng: Callable[[str], torch.Generator], saved: dict[str, Any] | None) -> Delta:
         kind = Magnitude if (saved or {}).get("magnitude") else self.module
@@ -108,7 +129,3 @@ class DoRA(DeltaMethod):
         for name, delta in self.deltas.items():
             out["deltas"][name]["magnitude"] = isinstance(delta, Magnitude)
         return out
-
-    def group(self, name: str, parameter: nn.Parameter) -> dict[str, Any]:
-        """Decay would pull all lengths to zero."""
-        return {"weight_decay": 0.0} if name.endswith(".delta.m") else {}
