@@ -11,6 +11,9 @@ not, the pattern is banded and says so.
 
 The authors' code starts off the pretrained weight (theta ~ N(0, 2/|Omega|), gate 0); `init: zero` starts on it. The
 paper writes M alone; the gate is in the code that its results come from, and is the default here.
+
+U and V are not saved but found again from the weight. Near-equal singular values leave them room, and another machine's
+routine may take it: a small probe of them is saved, and a record whose probe differs is refused.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ftrecipes.errors import UserError
 from ftrecipes.methods.adapters.delta import Delta, DeltaMethod, Layer, check_rank, linear
 from ftrecipes.methods.adapters.svd import svd
 
@@ -66,9 +70,14 @@ class SingularVectors(Delta):
         super().__init__(layer, method, rng)
         if method.rank is not None:
             check_rank(method, layer, method.rank)
-        dtype = layer.raw.dtype
         U, _, V = svd(layer.weight, method.rank)
-        if method.fill_orthonormal and method.rank is not None and not U.is_meta:
+        self.probe = probe(U, V)
+        if saved is not None and (self.probe - saved["probe"]).norm() > 0.1 * self.probe.norm():
+            raise UserError(
+                f"svft: the singular vectors of {layer.name} come out differently here than where it was tuned; ftr merge it there"
+            )
+        dtype = layer.raw.dtype
+        if method.fill_orthonormal and method.rank is not None:
             U, V = _fill(U, min(layer.shape), rng("U")), _fill(V, min(layer.shape), rng("V"))
         self.n = U.shape[1]
         self.register_buffer("U", U.to(dtype), persistent=False)
@@ -88,12 +97,12 @@ class SingularVectors(Delta):
         if pattern in ("plain", "banded"):
             return pattern, None
         count = len(banded(n, min(method.off_diag, n - 1)))
+        if U.is_meta:
+            return pattern, torch.arange(count)
         if pattern == "random":
             return pattern, torch.randperm(n * n, generator=rng("random"))[:count].sort().values
         if U.shape != V.shape:
             return "banded", None
-        if U.is_meta:
-            return pattern, torch.arange(count)
         return pattern, (U.T @ V).flatten().topk(count).indices.sort().values.cpu()
 
     def coefficients(self) -> Tensor:
@@ -101,7 +110,8 @@ class SingularVectors(Delta):
         return self.theta if self.gate is None else torch.sigmoid(self.gate) * self.theta
 
     def delta(self) -> Tensor:
-        return self.U.float() @ _dense(self.coefficients(), self.index, self.n) @ self.V.float().T
+        U, V = self.U.to(self.layer.dtype), self.V.to(self.layer.dtype)
+        return U @ _dense(self.coefficients(), self.index, self.n) @ V.T
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         h = self.layer.into(x, self.V.T)
@@ -113,11 +123,21 @@ class SingularVectors(Delta):
 
     def structure(self) -> dict[str, Any]:
         given = self.pattern in ("random", "top_k")
-        return {"pattern": self.pattern, "index": self.index.cpu() if given else None}
+        return {"pattern": self.pattern, "index": self.index.cpu() if given else None, "probe": self.probe}
+
+
+def probe(U: Tensor, V: Tensor) -> Tensor:
+    """16 numbers that change with the order, the signs and the directions of singular vectors."""
+    n = U.shape[1]
+    mix = torch.cos(torch.arange(n, dtype=U.dtype, device=U.device))
+    right = torch.cos(torch.arange(len(V), dtype=V.dtype, device=V.device))
+    return (U @ (mix * (V.roll(1, 1).T @ right)))[:16].cpu()
 
 
 def _fill(basis: Tensor, width: int, rng: torch.Generator) -> Tensor:
     """The basis (rows, r) with columns of a random orthonormal matrix appended up to `width`, as in the authors' code."""
+    if basis.is_meta:
+        return torch.empty(len(basis), width, device="meta")
     random = nn.init.orthogonal_(torch.empty(len(basis), width), generator=rng).to(basis)
     return torch.cat([basis, random[:, : width - basis.shape[1]]], 1)
 
