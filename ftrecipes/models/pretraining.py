@@ -54,7 +54,22 @@ def tiny_llama(folder: Path) -> None:
     ).save_pretrained(folder)  # fmt: skip
 
 
-SHAPES = {"tiny-llama": tiny_llama}
+def tiny_vit(folder: Path) -> None:
+    """Architecture of tiny-vit, and how its pixels are scaled."""
+    from transformers import ViTConfig
+
+    from ftrecipes.data.shapes import CLASSES, SIDE
+
+    ViTConfig(
+        hidden_size=96, intermediate_size=384, num_hidden_layers=6, num_attention_heads=3, image_size=SIDE, patch_size=4,
+        architectures=["ViTForImageClassification"], id2label=dict(enumerate(CLASSES)), label2id={n: i for i, n in enumerate(CLASSES)},
+    ).save_pretrained(folder)  # fmt: skip
+    size = {"height": SIDE, "width": SIDE}
+    scaling = {"image_processor_type": "ViTImageProcessor", "size": size, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (folder / "preprocessor_config.json").write_text(json.dumps(scaling, indent=1) + "\n")
+
+
+SHAPES = {"tiny-llama": tiny_llama, "tiny-vit": tiny_vit}
 
 
 def make(name: str, words: list[str]) -> dict[str, Any]:
