@@ -110,13 +110,17 @@ def check_light(settings: Settings) -> None:
     from importlib.util import find_spec
 
     from ftrecipes.data import files
+    from ftrecipes.models import adapter, gguf
 
     if settings.logger.name == "wandb" and find_spec("wandb") is None:
         raise UserError("logger=wandb: the package wandb is not installed (pip install wandb)")
+    source = settings.entry("model").about.get("gguf")
     if settings.model.path and not Path(settings.model.path).expanduser().is_dir():
         raise UserError(f"model.path={settings.model.path}: no such folder")
-    if settings.model.adapter and not Path(settings.model.adapter).expanduser().is_dir():
-        raise UserError(f"model.adapter={settings.model.adapter}: no such folder")
+    if source and not settings.model.path and settings.model.weights != "random":
+        gguf.locate(settings.model.name, source)
+    if settings.model.adapter:
+        adapter.check(Path(settings.model.adapter).expanduser())
     if settings.data.name == "file":
         files.check(settings.data)
 

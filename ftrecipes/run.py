@@ -27,7 +27,8 @@ from ftrecipes.anatomy import Anatomy
 from ftrecipes.data.base import Dataset, micro_batches, order
 from ftrecipes.errors import FtrError, Interrupted, RunFailed, UserError
 from ftrecipes.method import Method, Stack
-from ftrecipes.models.base import device_of, fingerprint, precision_of
+from ftrecipes.models import adapter
+from ftrecipes.models.base import Loaded, device_of, fingerprint, precision_of
 from ftrecipes.record import DONE, FAILED, INTERRUPTED, Record, now, versions
 from ftrecipes.rng import derive, generator
 from ftrecipes.storage import load_checkpoint, load_tuned, save_checkpoint, save_tuned
@@ -92,22 +93,20 @@ class Run:
         self.prepare(structure)
         return self
 
-    def load_model(self, *, meta: bool = False) -> None:
-        """The untouched model on its device, its task and anatomy."""
+    def load_model(self, *, meta: bool = False, loaded: Loaded | None = None) -> None:
+        """The model before any tuning of this run on its device, its task and anatomy; `loaded` is used where it is given."""
         hardware = self.settings.hardware
         if hardware.threads:
             torch.set_num_threads(hardware.threads)
         if hardware.deterministic is True or (hardware.deterministic == "auto" and self.device.type == "cpu"):
             torch.use_deterministic_algorithms(True, warn_only=True)
-        self.loaded = models.load(self.settings, meta=meta)
+        self.loaded = loaded or models.load(self.settings, meta=meta)
+        if self.settings.model.adapter and not meta:
+            self.loaded = adapter.apply(self.loaded, Path(self.settings.model.adapter).expanduser())
         self.model, self.task = self.loaded.model, self.loaded.task
         if not meta:
-            if self.settings.model.adapter:
-                from ftrecipes.models.adapter import apply
-
-                apply(self.model, Path(self.settings.model.adapter), self.settings)
             self.model.to(self.device)
-            self.fingerprint = fingerprint(self.model)
+            self.fingerprint = fingerprint(self.model, self.loaded.fresh)
         self.anatomy = Anatomy(self.model, self.loaded.roles)
         self.base_names = set(self.model.state_dict(keep_vars=True))
         self.update = Update(self)
@@ -273,12 +272,7 @@ class Run:
 
     def pristine(self) -> nn.Module:
         """The model as it was loaded, a second one on the CPU; costs its memory as long as it is held."""
-        model = self.loaded.pristine()
-        if self.settings.model.adapter:
-            from ftrecipes.models.adapter import apply
-
-            apply(model, Path(self.settings.model.adapter), self.settings)
-        return model
+        return self.loaded.pristine()
 
     def forget(self, parameters: Sequence[nn.Parameter]) -> None:
         """Drop the optimizer's state of these parameters."""
@@ -571,6 +565,7 @@ class Run:
             "overrides": self.settings.overrides,
             "origin": self.settings.origin,
             "base": self.fingerprint,
+            "precision": self.precision,
             "versions": versions(),
             "started": known.get("started", now()),
             "process": os.getpid(),
@@ -615,8 +610,8 @@ class Run:
     # -- reopening ------------------------------------------------------------------------------------------------
 
     @classmethod
-    def open(cls, folder: str | Path, *, data: bool = False) -> Run:
-        """The tuned model of a finished run, rebuilt from its base and its record."""
+    def open(cls, folder: str | Path, *, data: bool = False, loaded: Loaded | None = None) -> Run:
+        """The tuned model of a finished run, rebuilt from its record and its base, which is loaded unless it is given."""
         from ftrecipes.compose import resolve
 
         record = Record(folder)
@@ -625,11 +620,14 @@ class Run:
             raise UserError(
                 f"{folder}: this run has no tuned weights (status {info.get('status', 'unknown')}); finish it with resume={folder}"
             )
+        # Any machine may open it: the device is this one's, the dtype of the weights the run's.
+        values["hardware"] |= {"device": "auto", "precision": info["precision"], "checkpointing": False}
         run = cls(resolve(values))
-        run.load_model()
+        run.load_model(loaded=loaded)
         if info["base"] != run.fingerprint:
             raise UserError(
-                f"{folder}: tuned from another base (fingerprint {info['base']}, here {run.fingerprint}); give the model it was tuned from"
+                f"{folder}: tuned from another base (fingerprint {info['base']}, here {run.fingerprint}); "
+                "give the model it was tuned from, in the dtype it had"
             )
         tuned = load_tuned(record)
         if data:
@@ -645,6 +643,8 @@ class Run:
         """Fold all methods into the plain model and return it."""
         with torch.no_grad():
             self.stack.merge(self)
+        if left := sorted(set(self.model.state_dict()) - self.base_names):
+            raise UserError(f"{'+'.join(self.settings.method)}: cannot be folded into plain weights ({left[0]} stays)")
         return self.model
 
 
