@@ -47,6 +47,7 @@ class Run:
 
     model, task, anatomy: the model, what its domain says, its parts by role. data: Datasets by split.
     step: updates done, over all fits. fit_step, fit_steps: those of the current fit.
+    rounding: the largest change that rounding to a weight's dtype made when a delta was folded into it.
     """
 
     def __init__(self, settings: Settings, record: Record | None = None, console: Console | None = None) -> None:
@@ -71,6 +72,7 @@ class Run:
         self.journal: dict[str, Any] = {}
         self.touched: set[str] = set()
         self.base_names: set[str] = set()
+        self.rounding = 0.0
         self.stopping: str | None = None
         self.remarks: list[str] = []
         self.results: dict[str, Any] = {}

@@ -8,6 +8,7 @@ A paper is a subclass of `Delta` (one weight's trainable numbers) and a `DeltaMe
                                    update has a cheaper form than a dense product: `y + self.product(x, B, A)`
     merged(weight)                 the new dense weight, when it is not weight + delta()
     structure()                    what is needed to rebuild it before its values are loaded, beyond the knobs
+    factors()                      the update as other libraries can hold it, where it has such a form
 
 Rows are outputs and columns inputs, for Linear, Conv1D (GPT-2), Conv2d (columns are kernel positions) and Embedding (rows
 are its dimensions, columns its tokens) alike. Features stand last in y and in what `into` gives, so a formula written for
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -108,6 +109,15 @@ class Layer:
         return y.movedim(-1, 1) if isinstance(self.module, nn.Conv2d) else y
 
 
+class Factors(NamedTuple):
+    """An update as thin factors, scale * B A (rows x r, r x cols); with DoRA's lengths m (rows,) of the new weight's rows."""
+
+    B: Tensor
+    A: Tensor
+    scale: float
+    m: Tensor | None = None
+
+
 class Delta(nn.Module):
     """The trainable numbers of one weight."""
 
@@ -142,6 +152,10 @@ class Delta(nn.Module):
 
     def structure(self) -> dict[str, Any]:
         return {}
+
+    def factors(self) -> Factors | None:
+        """The update as thin factors, None where it has no such form."""
+        return None
 
     def apply_to(self, x: Tensor, y: Tensor) -> Tensor:
         """The module's output with the delta at its strength, in the module's dtype and layout."""
@@ -224,6 +238,10 @@ class DeltaMethod(Method):
         """The delta of a layer; a subclass whose deltas have a structure of their own reads `saved`."""
         return self.module(layer, self, rng)
 
+    def factors(self, name: str) -> Factors | None:
+        """The update of a module as thin factors, None where it has no such form."""
+        return self.deltas[name].factors()
+
     def merge(self, run: Run) -> None:
         tied = tied_weights(run.model)
         for name, delta in self.deltas.items():
@@ -232,6 +250,7 @@ class DeltaMethod(Method):
             if name in tied:
                 untie(run.model, module)
             module.weight.copy_(new)  # type: ignore[union-attr, operator]
+            run.rounding = max(run.rounding, float((new - layer.raw).abs().max()))
             module.__class__ = type(module).__mro__[2]
             del module.delta
         self.deltas = {}

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ftrecipes.method import parts_of
-from ftrecipes.methods.adapters.delta import Delta, DeltaMethod, Layer, without_autocast
+from ftrecipes.methods.adapters.delta import Delta, DeltaMethod, Factors, Layer, without_autocast
 from ftrecipes.methods.adapters.lora import LowRank
 
 ROWS = 2**22
@@ -54,6 +54,10 @@ class Magnitude(Delta):
     def merged(self, weight: Tensor) -> Tensor:
         return (self.m / self.norm0)[:, None] * weight
 
+    def factors(self) -> Factors | None:
+        rows, cols = self.layer.shape
+        return None if self.strength != 1.0 else Factors(self.m.new_zeros(rows, 1), self.m.new_zeros(1, cols), 1.0, self.m)
+
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         _, base = _dropped(self, x, y)
         return _lengthen(y, base, self.m / self.norm0)
@@ -83,6 +87,9 @@ class Decomposed(LowRank):
     def merged(self, weight: Tensor) -> Tensor:
         V = weight + self.scale * self.B @ self.A
         return (self.m / lengths(V))[:, None] * V
+
+    def factors(self) -> Factors | None:
+        return None if self.strength != 1.0 else Factors(self.B, self.A, self.scale, self.m)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach_norm):

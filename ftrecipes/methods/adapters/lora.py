@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ftrecipes.methods.adapters.delta import Delta, DeltaMethod, Layer, check_rank
+from ftrecipes.methods.adapters.delta import Delta, DeltaMethod, Factors, Layer, check_rank
 
 
 class LowRank(Delta):
@@ -48,6 +48,9 @@ class LowRank(Delta):
 
     def delta(self) -> Tensor:
         return self.scale * self.B @ self.A
+
+    def factors(self) -> Factors | None:
+        return Factors(self.B, self.A, self.scale * self.strength)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         if x.is_floating_point():

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ftrecipes.methods.adapters.delta import Delta, DeltaMethod, Layer, tied_weights, untie
+from ftrecipes.methods.adapters.delta import Delta, DeltaMethod, Factors, Layer, tied_weights, untie
 from ftrecipes.methods.adapters.lora import LowRank
 
 if TYPE_CHECKING:
@@ -111,6 +111,11 @@ class PeriodicLoRA(DeltaMethod):
             pairs.append((B * sum(self.share(t, stage) for stage in range(t, last + 1)), A))
         pairs.append((delta.B.detach(), delta.A.detach()))
         return torch.cat([B for B, _ in pairs], 1), torch.cat([A for _, A in pairs], 0)
+
+    def factors(self, name: str) -> Factors | None:
+        delta = self.deltas[name]
+        assert isinstance(delta, LowRank)
+        return Factors(*self.stacked(name), delta.scale) if delta.strength == 1.0 else None
 
     def structure(self) -> dict[str, Any]:
         stages = [{name: {"B": B, "A": A} for name, (B, A) in factors.items()} for factors in self.stages]
