@@ -7,6 +7,7 @@ or accumulates lives elsewhere and works on that vector.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
@@ -73,6 +74,9 @@ class Task:
     def measure(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Sums over a micro-batch by metric: `(total, count)` stacked as a tensor of two numbers each."""
         raise NotImplementedError
+
+    def save(self, folder: Path) -> None:
+        """Write what belongs beside the weights of a model (tokenizer, preprocessing), as the hub has it."""
 
     def samples(self, run: Run, examples: Sequence[Example]) -> list[dict[str, str]]:
         """A few examples with the model's answers, for the eye; an empty list when there is nothing to show."""

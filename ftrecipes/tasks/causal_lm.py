@@ -7,6 +7,7 @@ float32 buffer: the full float32 logits do not exist at any moment.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -225,6 +226,9 @@ class CausalLM(Task):
         examples = len(batch["example"])
         wrong = torch.zeros(examples, device=nll.device).index_add_(0, outputs.row, 1 - right)
         return {"nll": _mean(nll), "exact_match": _mean((wrong == 0).float()), "token_accuracy": _mean(right)}
+
+    def save(self, folder: Path) -> None:
+        self.tokenizer.save_pretrained(folder)
 
     def samples(self, run: Run, examples: Sequence[Example]) -> list[dict[str, str]]:
         out = []

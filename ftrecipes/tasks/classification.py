@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -106,6 +108,16 @@ class ImageClassification(Task):
         count = torch.tensor(float(len(right)), device=right.device)
         values = {"accuracy": right, "nll": self.losses(outputs, batch)}
         return {name: torch.stack([v.sum(), count]) for name, v in values.items()}
+
+    def save(self, folder: Path) -> None:
+        known = {
+            "image_processor_type": "ViTImageProcessor",
+            "size": {"height": self.size[0], "width": self.size[1]},
+            "resample": next(number for number, mode in MODES.items() if mode == self.mode),
+            "image_mean": self.mean.flatten().tolist(),
+            "image_std": self.std.flatten().tolist(),
+        }
+        (folder / "preprocessor_config.json").write_text(json.dumps(known, indent=1) + "\n")
 
     def samples(self, run: Run, examples: Sequence[Example]) -> list[dict[str, str]]:
         """What the model takes images for; drawn ones are described."""
