@@ -22,6 +22,18 @@ def host(model: nn.Module, *words: str) -> Run:
         return build("model=toy", *words)
 
 
+class Matrix(nn.Module):
+    """y = W x for a given weight."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
+        self.layer.weight.data.copy_(weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
 def adapter(run: Run) -> DeltaMethod:
     """The run's adapter."""
     return next(m for m in run.stack if isinstance(m, DeltaMethod))
