@@ -108,6 +108,7 @@ class Run:
         self.model, self.task = self.loaded.model, self.loaded.task
         if not meta:
             self.model.to(self.device)
+            self.task.check(self.model)
             self.fingerprint = fingerprint(self.model, self.loaded.fresh)
         self.anatomy = Anatomy(self.model, self.loaded.roles)
         self.base_names = set(self.model.state_dict(keep_vars=True))
@@ -144,14 +145,12 @@ class Run:
         self.data = data_sets.datasets(raw, self.task, overfit=trainer.overfit, evaluate=trainer.eval_examples)
         self.retain_name = raw.retain_name
         self.data_notes = list(raw.notes)
+        if self.once("data", lambda: raw.fingerprint) != raw.fingerprint:
+            raise UserError(f"data {self.settings.data.name}: it changed since this run began, which cannot be resumed; start a new run")
         for name, dataset in self.data.items():
             if len(dataset) or name == "train":
                 dataset.prepare()
-            if dataset.skipped:
-                example, reason = next(iter(dataset.skipped.items()))
-                self.data_notes.append(f"{name}: skipped {len(dataset.skipped)} examples (number {example + 1}: {reason})")
-        if cut := getattr(self.task, "truncated", 0):
-            self.data_notes.append(f"cut {cut} examples at data.max_length={self.settings.data.max_length} tokens")
+            self.data_notes += dataset.notes
         for method in self.stack.at("data"):
             chosen = self.once(f"data:{method.key}", lambda m=method: self._select(m))  # type: ignore[misc]
             self.data["train"].keep = list(chosen["keep"])

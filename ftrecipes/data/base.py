@@ -1,13 +1,15 @@
 """Data sets: raw examples by split, encoded by the task, laid out as windows.
 
-An example is a plain dict: `{"prompt", "response"}`, `{"messages"}` or `{"text"}` for language, `{"image", "label"}`
-for images, `{"x", "y"}` for regression. Splits are train, validation and test; learning rates, keep-best and early
+An example is a plain dict: `{"prompt", "response"}`, `{"messages"}`, `{"prompt", "completion"}` or `{"text"}` for
+language, `{"image", "label"}` for images, `{"x", "y"}` for regression; `place` says where it was read. Splits are train, validation and test; learning rates, keep-best and early
 stopping see validation only, test is for the report. `retain` is a held-out set of what the model was pretrained on:
 how much worse it gets there is the forgetting.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,15 +17,23 @@ from typing import Any
 import numpy as np
 import torch
 
+from ftrecipes.data.formats import Example as Example  # defined where no torch is
 from ftrecipes.errors import UserError
 from ftrecipes.tasks.base import Batch, Encoded, Task
 
-Example = dict[str, Any]
+CACHED = 8192
+"""Encoded examples that a lazy data set keeps."""
+SAMPLED = 1000
+"""Examples of a lazy data set that are looked at ahead."""
 
 
 @dataclass
 class Splits:
-    """Raw examples by split. retain_name: what the retained domain is called in reports; labels: the classes by name."""
+    """Raw examples by split.
+
+    retain_name: what the retained domain is called in reports. labels: the classes by name. fingerprint: of data that
+    somebody can change between the parts of a run.
+    """
 
     train: Sequence[Example]
     validation: Sequence[Example]
@@ -32,13 +42,14 @@ class Splits:
     retain_name: str = "pretraining"
     notes: list[str] = field(default_factory=list)
     labels: Sequence[str] = ()
+    fingerprint: str = ""
 
 
 class Dataset:
     """Encoded examples of one split. Positions in it are stable: a subset is `keep`, an order of positions.
 
-    A list is encoded once, so that what cannot be used is known before training; anything else (a generator, a memory
-    map) is encoded when an example is needed.
+    A list is encoded once, so that what cannot be used is known before training and left out. Anything else (generated
+    texts, a large file) is lazy: encoded when an example is needed, and one that cannot be used is replaced by the next.
 
     keep: positions that take part (all, unless a method chose). weight: one factor an example, or None.
     """
@@ -50,6 +61,7 @@ class Dataset:
         self.skipped: dict[int, str] = {}
         self.keep: Sequence[int] = range(len(raw))
         self.weight: torch.Tensor | None = None
+        self.notes: list[str] = []
 
     def __len__(self) -> int:
         return len(self.keep)
@@ -57,24 +69,48 @@ class Dataset:
     def __getitem__(self, position: int) -> Encoded:
         """The encoded example at a position."""
         if position not in self.encoded:
-            encoded = self.task.encode(self.raw[position])
-            if self.lazy:
-                return encoded
-            self.encoded[position] = encoded
+            if self.lazy and len(self.encoded) >= CACHED:
+                self.encoded.clear()
+            self.encoded[position] = self._usable(position) if self.lazy else self.task.encode(self.raw[position])
         return self.encoded[position]
 
-    def prepare(self) -> None:
-        """Encode what can be encoded ahead; what cannot be used is dropped and remembered with its reason."""
-        kept = []
-        for i in self.keep[:1] if self.lazy else self.keep:
+    def _usable(self, position: int) -> Encoded:
+        for at in itertools.chain(range(position, len(self.raw)), range(position)):
             try:
-                self[i]
+                return self.task.encode(self.raw[at])
+            except ValueError as error:
+                self.skipped[at] = str(error)
+        raise self._empty()
+
+    def _empty(self) -> UserError:
+        return UserError(f"data: the {self.name} set is empty: {self._first(self.skipped) if self.skipped else 'it holds no example'}")
+
+    def _first(self, reasons: dict[int, str]) -> str:
+        position, reason = next(iter(reasons.items()))
+        return f"{self._place(position)}: {reason}"
+
+    def _place(self, position: int) -> str:
+        return str(self.raw[position].get("place", f"number {position + 1}"))
+
+    def prepare(self) -> None:
+        """Encode what can be encoded ahead; what cannot be used is dropped, and `notes` say so."""
+        looked = self.keep[:: max(1, len(self.keep) // SAMPLED)] if self.lazy else self.keep
+        kept = []
+        lost: dict[str, list[int]] = {}
+        for i in looked:
+            try:
+                for what in self[i].get("lost", ()):
+                    lost.setdefault(what, []).append(i)
                 kept.append(i)
             except ValueError as error:
                 self.skipped[i] = str(error)
         if not kept:
-            reason = next(iter(self.skipped.values()), "it holds no example")
-            raise UserError(f"data: the {self.name} set is empty: {reason}")
+            raise self._empty()
+        of = f"of {len(looked):,} examples" + (f" looked at ({len(self.keep):,} in all)" if len(looked) < len(self.keep) else "")
+        if self.skipped:
+            self.notes.append(f"{self.name}: skipped {len(self.skipped):,} {of} (first {self._first(self.skipped)})")
+        for what, positions in lost.items():
+            self.notes.append(f"{self.name}: {len(positions):,} {of} lost {what} (first {self._place(positions[0])})")
         if not self.lazy:
             self.keep = kept
 
@@ -91,11 +127,16 @@ def order(n: int, seed: int, start: int, count: int) -> list[int]:
     place = start
     while len(out) < count:
         epoch, offset = divmod(place, n)
-        permutation = np.random.default_rng([seed, 7, epoch]).permutation(n)
+        permutation = _permutation(n, seed, epoch)
         take = permutation[offset : offset + count - len(out)]
         out.extend(int(i) for i in take)
         place += len(take)
     return out
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(n: int, seed: int, epoch: int) -> Any:
+    return np.random.default_rng([seed, 7, epoch]).permutation(n)
 
 
 def micro_batches(dataset: Dataset, positions: Sequence[int], *, examples: int | None, budget: int) -> Iterator[list[int]]:

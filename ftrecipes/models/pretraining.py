@@ -18,7 +18,7 @@ from ftrecipes.catalogue import RECIPES
 from ftrecipes.models.base import PACKAGED
 
 CHAT_TEMPLATE = (
-    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}"
+    "{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}"
     "{% if m['role'] == 'assistant' %}{{ '<|end|>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
@@ -26,7 +26,7 @@ CHAT_TEMPLATE = (
 
 def tiny_llama(folder: Path) -> None:
     """Tokenizer (byte-level BPE, single digits) and architecture of tiny-llama."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import LlamaConfig, PreTrainedTokenizerFast
 
     from ftrecipes.data import stories
@@ -43,6 +43,8 @@ def tiny_llama(folder: Path) -> None:
     r = random.Random("tokenizer")
     texts = [stories.document(r) for _ in range(20_000)] + [stories.question(r)["prompt"] for _ in range(4000)]
     tokenizer.train_from_iterator(texts, trainer)
+    begin = ("<|begin|>", tokenizer.token_to_id("<|begin|>"))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[begin])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<|pad|>", bos_token="<|begin|>", eos_token="<|end|>", chat_template=CHAT_TEMPLATE
     )

@@ -40,7 +40,10 @@ class Task:
     """The metrics that are shown of the retained set."""
 
     def encode(self, example: Example) -> Encoded:
-        """One raw example as what `collate` takes. Raises ValueError with a reason when it must be skipped."""
+        """One raw example as what `collate` takes; `lost` may list what of it cannot be learned ("their end at …").
+
+        Raises ValueError with a reason when it must be skipped.
+        """
         raise NotImplementedError
 
     def collate(self, encoded: Sequence[Encoded]) -> Batch:
@@ -62,6 +65,9 @@ class Task:
     def blank(self, examples: int, length: int) -> Batch:
         """A micro-batch of the largest size without content, for plans."""
         raise NotImplementedError
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse a freshly loaded model that this task would get wrong."""
 
     def outputs(self, model: nn.Module, batch: Batch) -> Outputs:
         """The model's forward pass on a micro-batch."""

@@ -7,14 +7,19 @@ float32 buffer: the full float32 logits do not exist at any moment.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from jinja2 import TemplateError
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ftrecipes.errors import UserError
 from ftrecipes.tasks.base import Batch, Encoded, Outputs, Task
 
 if TYPE_CHECKING:
@@ -80,72 +85,109 @@ class CausalLM(Task):
         self.max_length = max_length
         self.packing = packing
         self.chat = template == "chat" or (template == "auto" and bool(getattr(tokenizer, "chat_template", None)))
-        self.truncated = 0
+        self._fast = tokenizer.backend_tokenizer  # for single texts twice as quick as the tokenizer around it
+        self._fast.no_truncation()
+        self._fast.no_padding()
 
     # -- examples -------------------------------------------------------------------------------------------------
 
     def encode(self, example: Example) -> Encoded:
-        """Token ids and labels; `{"text"}` counts every token, a dialogue or prompt/response its answers alone."""
-        if "text" in example:
-            text, spans = str(example["text"]), None
+        """Token ids and labels (int32); `{"text"}` counts every token, anything else its answers and what ends them.
+
+        What is longer than `max_length` loses its end, so that prompts stay whole and no cut answer is taught to end.
+        Raises ValueError when no token to learn is left.
+        """
+        lost = []
+        dialogue = "messages" in example or "response" in example
+        if dialogue:
+            messages = messages_of(example)
+            text, spans = self._spans(messages)
+            if len(spans) < sum(m["role"] == "assistant" for m in messages):
+                lost.append("answers of earlier turns, which the chat template rewrites")
         else:
-            text, spans = self._spans(messages_of(example))
-        tokens = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids: list[int] = list(tokens["input_ids"])
-        if spans is None:
-            labels = list(ids)
-        else:
-            begins = [begin for begin, _ in tokens["offset_mapping"]]
-            labels = [i if any(a <= at < b for a, b in spans) else IGNORE for i, at in zip(ids, begins, strict=True)]
-        if not self.chat or spans is None:
-            ids, labels = ids + self._end(), labels + self._end()
-        if ids[:1] != self._start():
-            ids, labels = self._start() + ids, [IGNORE] * len(self._start()) + labels
-        if len(ids) > self.max_length:
-            self.truncated += 1
-            ids, labels = ids[: self.max_length], labels[: self.max_length]
-        counted = sum(label != IGNORE for label in labels[1:])
-        if counted == 0:
-            raise ValueError("no token to learn is left within data.max_length")
-        return {"ids": ids, "labels": labels, "length": len(ids), "units": counted}
+            text = example["text"] if "text" in example else example["prompt"] + example["completion"]
+            spans = [(len(example.get("prompt", "")), len(text))]
+        ids, offsets = self._tokens(text, spans[0][0])
+        learned = np.zeros(len(ids), bool) if "text" not in example else np.ones(len(ids), bool)
+        for begin, end in spans:
+            learned |= (offsets[:, 0] < end) & (offsets[:, 1] > begin)
+        start = [] if dialogue and self.chat else self._start
+        end_token = [] if dialogue and self._closer else self._end
+        tokens = np.array([*start, *ids, *end_token], np.int32)
+        learned = np.concatenate([np.zeros(len(start), bool), learned, np.ones(len(end_token), bool)])
+        labels = np.where(learned, tokens, IGNORE).astype(np.int32)[: self.max_length]
+        units = int((labels[1:] != IGNORE).sum())
+        if units == 0:
+            raise ValueError(f"nothing to learn stands within its first data.max_length={self.max_length} of {len(tokens)} tokens")
+        if len(tokens) > self.max_length:
+            lost.append(f"their end at data.max_length={self.max_length} tokens")
+        return {"ids": tokens[: self.max_length], "labels": labels, "length": len(labels), "units": units, "lost": lost}
 
     def _spans(self, messages: list[dict[str, str]]) -> tuple[str, list[tuple[int, int]]]:
-        """The dialogue as text, and where its answers stand in it.
+        """The dialogue as text, and where its answers stand in it with what closes each.
 
-        A template may write an earlier answer in another way once more turns follow (some drop its reasoning); then
-        only the answers that still read as they were given count.
+        A template may write an earlier answer in another way once more turns follow (some drop its reasoning). Such an
+        answer counts where it still reads as it was given, right behind what asks for it; else it is only context.
         """
         text = self.render(messages, prompt=False)
         spans = []
         for index, message in enumerate(messages):
-            if message["role"] == "assistant":
-                before = self.render(messages[:index], prompt=True)
-                upto = self.render(messages[: index + 1], prompt=False).rstrip()
-                if upto.startswith(before) and text.startswith(upto):
-                    spans.append((len(before), len(upto)))
+            if message["role"] != "assistant":
+                continue
+            before = self.render(messages[:index], prompt=True)
+            upto = self.render(messages[: index + 1], prompt=False)
+            upto = upto.rstrip() if self._closer else upto
+            again = before + message["content"].strip() + self._closer
+            if as_given := next((t for t in (upto, again) if t.startswith(before) and text.startswith(t)), None):
+                spans.append((len(before), len(as_given)))
         if not spans:
-            raise ValueError("no answer of an assistant to learn")
+            raise ValueError("it has no answer to learn")
         return text, spans
 
     def render(self, messages: list[dict[str, str]], *, prompt: bool) -> str:
-        """Messages as text, by the tokenizer's chat template or as plain lines; `prompt` ends where the answer begins."""
+        """Messages as text, by the tokenizer's chat template or as plain lines; `prompt` ends where the answer begins.
+
+        Raises ValueError when the template refuses the messages (some take no system prompt, or want turns to alternate).
+        """
         if self.chat:
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
+            try:
+                return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
+            except TemplateError as error:
+                raise ValueError(f"the chat template refuses it: {error}") from None
         if not prompt and messages and messages[-1]["role"] == "assistant":
             return self.render(messages[:-1], prompt=True) + messages[-1]["content"]
         lines = [m["content"] for m in messages]
         return "\n".join(lines) + ("\n" if lines else "")
 
-    def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+    def _tokens(self, text: str, begin: int) -> tuple[list[int], NDArray[np.int64]]:
+        """Token ids of a text and their offsets (n, 2), such that what stands before `begin` has the ids it has alone.
 
+        So training sees the prompt that generation will see, where tokens would otherwise reach across the border.
+        """
+        whole = self._fast.encode(text, add_special_tokens=False)
+        prompt = self._fast.encode(text[:begin], add_special_tokens=False)
+        ids, offsets = list(whole.ids), whole.offsets
+        if ids[: len(prompt.ids)] != prompt.ids:
+            answer = self._fast.encode(text[begin:], add_special_tokens=False)
+            ids, offsets = prompt.ids + answer.ids, prompt.offsets + [(a + begin, b + begin) for a, b in answer.offsets]
+        return ids, np.array(offsets, np.int64).reshape(-1, 2)
+
+    @cached_property
     def _start(self) -> list[int]:
-        bos = self.tokenizer.bos_token_id
-        return [] if bos is None else [bos]
+        """What the tokenizer itself puts before a plain text; a chat template writes its own beginning."""
+        alone, wrapped = (self._fast.encode("a", add_special_tokens=special).ids for special in (False, True))
+        return list(wrapped[: wrapped.index(alone[0])])
 
+    @cached_property
     def _end(self) -> list[int]:
         eos = self.tokenizer.eos_token_id
         return [] if eos is None else [eos]
+
+    @cached_property
+    def _closer(self) -> str:
+        """What the chat template writes behind an answer, '' when nothing does."""
+        turn = [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "=answer="}]
+        return self.render(turn, prompt=False).rpartition("=answer=")[2].rstrip() if self.chat else ""
 
     # -- batches --------------------------------------------------------------------------------------------------
 
@@ -160,14 +202,16 @@ class CausalLM(Task):
 
     def collate(self, encoded: Sequence[Encoded]) -> Batch:
         """(B, L) ids, labels and positions. Packed rows hold several examples; `segment` tells them apart."""
-        rows = pack(encoded, self.max_length) if self.packing else [[i] for i in range(len(encoded))]
+        return self._lay_out(encoded, pack(encoded, self.max_length) if self.packing else [[i] for i in range(len(encoded))])
+
+    def _lay_out(self, encoded: Sequence[Encoded], rows: Sequence[Sequence[int]]) -> Batch:
         width = max(sum(encoded[i]["length"] for i in row) for row in rows)
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
         shape = (len(rows), width)
         ids = torch.full(shape, pad)
         labels = torch.full(shape, IGNORE)
         segment = torch.full(shape, -1)
-        position = torch.zeros(shape, dtype=torch.long) if self.packing else torch.arange(width).repeat(len(rows), 1)
+        position = torch.arange(width).repeat(len(rows), 1)
         for r, row in enumerate(rows):
             at = 0
             for i in row:
@@ -179,6 +223,8 @@ class CausalLM(Task):
                 segment[r, span] = i
                 position[r, span] = torch.arange(e["length"])
                 at += e["length"]
+            if len(row) > 1:
+                position[r, at:] = torch.arange(width - at)
         batch: Batch = {"ids": ids, "labels": labels, "segment": segment, "position": position}
         batch["units"] = self.units(encoded)
         return batch
@@ -193,10 +239,14 @@ class CausalLM(Task):
 
     def outputs(self, model: nn.Module, batch: Batch) -> TokenOutputs:
         # No mask: padding stands on the right, where a causal model does not look, and packed examples are told apart
-        # by their positions, which begin at 0 (transformers builds the block mask from them).
+        # by their positions, which begin at 0 (transformers builds the block mask from them; flash attention does so
+        # only for a single row).
         language_model: Any = model
-        base = language_model.get_decoder()
-        hidden = base(input_ids=batch["ids"], position_ids=batch["position"], use_cache=False).last_hidden_state
+        ids, position = batch["ids"], batch["position"]
+        if self.packing and "flash" in str(language_model.config._attn_implementation):
+            ids, position = ids.view(1, -1), position.view(1, -1)
+        hidden = language_model.get_decoder()(input_ids=ids, position_ids=position, use_cache=False).last_hidden_state
+        hidden = hidden.view(*batch["ids"].shape, -1)
         labels = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE)
         row = batch["segment"]
         if batch.get("whole"):  # a blank micro-batch of a plan: its tensors have no values to look at
@@ -227,6 +277,30 @@ class CausalLM(Task):
         wrong = torch.zeros(examples, device=nll.device).index_add_(0, outputs.row, 1 - right)
         return {"nll": _mean(nll), "exact_match": _mean((wrong == 0).float()), "token_accuracy": _mean(right)}
 
+    @torch.no_grad()
+    def check(self, model: nn.Module) -> None:
+        """Refuse a model of which this task would learn something else than what the model computes.
+
+        The logits computed here must be the model's own (some models scale them behind the head in ways not known
+        here), and examples that share a packed row must not see each other (models with a state cannot keep apart).
+        """
+        was_training = model.training
+        model.eval()
+        device = next(model.parameters()).device
+        ids = (torch.arange(4 * 6) + 5) % vocabulary(model.get_output_embeddings())  # type: ignore[operator]
+        own = model(input_ids=ids.view(4, 6).to(device), use_cache=False).logits[:, :-1].flatten(0, 1).float()
+        examples = [{"ids": row, "labels": row, "length": 6, "units": 5} for row in ids.view(4, 6)]
+        rows = {"model.attention": [[0], [1], [2], [3]]} | ({"data.packing": [[0, 1], [2, 3]]} if self.packing else {})
+        for what, layout in rows.items():
+            batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self._lay_out(examples, layout).items()}
+            ours = self.outputs(model, batch).logits().float()
+            if not torch.allclose(ours, own, rtol=0.0, atol=0.02 * float(own.abs().max()), equal_nan=True):
+                raise UserError(f"{type(model).__name__} gives other logits " + (
+                    "in packed rows, so it cannot keep packed examples apart; use data.packing=false" if what == "data.packing"
+                    else "than its head alone does; this version does not know what it does to them"
+                ))  # fmt: skip
+        model.train(was_training)
+
     def save(self, folder: Path) -> None:
         self.tokenizer.save_pretrained(folder)
 
@@ -235,38 +309,39 @@ class CausalLM(Task):
         for example in examples:
             if "text" in example:
                 continue
-            *messages, last = messages_of(example)
-            answer = self.generate(run.model, messages)
-            out.append({"prompt": messages[-1]["content"], "wanted": last["content"], "answer": answer})
+            if "completion" in example:
+                prompt, asked, wanted = example["prompt"], example["prompt"], example["completion"]
+            else:
+                *prompt, last = messages_of(example)
+                asked, wanted = prompt[-1]["content"] if prompt else "", last["content"]
+            out.append({"prompt": asked, "wanted": wanted.strip(), "answer": self.generate(run.model, prompt)})
         return out
 
     @torch.no_grad()
-    def generate(self, model: Any, messages: list[dict[str, str]], *, max_new_tokens: int = 48, **options: Any) -> str:
-        """The model's answer to a dialogue; greedy unless options say otherwise."""
+    def generate(self, model: Any, prompt: str | list[dict[str, str]], *, max_new_tokens: int = 48, **options: Any) -> str:
+        """The model's answer to a dialogue, or what follows a raw text; greedy unless options say otherwise."""
         device = next(model.parameters()).device
-        text = self.render(messages, prompt=True)
-        ids = self._ids(text)
-        if not (self.chat and ids[:1] == self._start()):
-            ids = self._start() + ids
-        prompt = torch.tensor([ids], device=device)
-        stop = self.stop_tokens()
+        ids = self._fast.encode(prompt if isinstance(prompt, str) else self.render(prompt, prompt=True), add_special_tokens=False).ids
+        if isinstance(prompt, str) or not self.chat:
+            ids = self._start + ids
+        tokens = torch.tensor([ids], device=device)
         was_training = model.training
         model.eval()
+        # What a model's own generation settings would add to greedy decoding (Qwen's penalty on repetition) is left out.
+        options = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, **options}
         out = model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=max_new_tokens, eos_token_id=stop or None,
-            pad_token_id=self.tokenizer.pad_token_id or 0, **{"do_sample": False, **options},
+            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=max_new_tokens, eos_token_id=self.stop_tokens or None,
+            pad_token_id=self.tokenizer.pad_token_id or 0, **options,
         )  # fmt: skip
         model.train(was_training)
         return str(self.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)).strip()
 
+    @cached_property
     def stop_tokens(self) -> list[int]:
-        """Tokens that end an answer: the tokenizer's end, and what its chat template closes an answer with."""
-        stop = set(self._end())
-        if self.chat:
-            turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-            tail = self.render(turn, prompt=False).rpartition("b")[2]
-            stop |= set(self._ids(tail)[:1])
-        return sorted(stop)
+        """Tokens that end an answer: the tokenizer's end, and the special one that its chat template closes an answer with."""
+        special = set(self.tokenizer.added_tokens_decoder)
+        closing = [i for i in self._fast.encode(self._closer, add_special_tokens=False).ids if i in special]
+        return sorted({*self._end, *closing[:1]})
 
 
 def messages_of(example: Example) -> list[dict[str, str]]:
