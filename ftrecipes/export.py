@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 import yaml
+from safetensors import SafetensorError
 
 from ftrecipes import __version__
-from ftrecipes.errors import UserError, nearest
+from ftrecipes.errors import RunFailed, UserError, nearest
 from ftrecipes.record import Record, new_folder
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def merge(run_folder: str, to: str | None = None) -> Path:
             typer.echo(remark)
         model.save_pretrained(folder, max_shard_size=SHARD)
         run.task.save(folder)
-        _card(run, folder, "transformers", f'{type(model).__name__}.from_pretrained("this folder")', remark)
+        _card(run, folder, "transformers", type(model).__name__, remark)
     return Path(to or f"{run_folder}/merged")
 
 
@@ -80,7 +81,10 @@ def _target(run_folder: str, to: str) -> Iterator[tuple[Run, Path]]:
     quiet()
     run = Run.open(run_folder)
     with Record(home).whole_folder(Path(to).name) as folder:
-        yield run, folder
+        try:
+            yield run, folder
+        except SafetensorError as error:  # a full disk, where transformers writes
+            raise RunFailed(f"{to} was not written: {error}") from None
         umask = os.umask(0)
         os.umask(umask)
         folder.chmod(0o777 & ~umask)  # temporary folders and safetensors are made for their owner alone
@@ -114,6 +118,8 @@ def _peft(run: Run, folder: Path, rank: int | None, run_folder: str) -> None:
     others = [m.key for m in run.stack if m not in adapters and (overrides(m, "structure") or not adapters)]
     if others:
         raise UserError(f"{run_folder}: {others[0]} changes the weights themselves, which no adapter holds; use --to hf")
+    if run.settings.model.adapter:
+        raise UserError(f"{run_folder}: started from model.adapter={run.settings.model.adapter}, and fits no other base; use --to hf")
     deltas = {name: (method, method.deltas[name].layer) for method in adapters for name in method.deltas}
     whole = {name for name in run.touched if name.rpartition(".")[0] not in deltas or name.endswith(".bias")}
     exact = {name: method.factors(name) for name, (method, _) in deltas.items()}
@@ -121,13 +127,14 @@ def _peft(run: Run, folder: Path, rank: int | None, run_folder: str) -> None:
     kinds = {f is not None and f.m is not None for f in exact.values()}
     remark = ""
     if rank is not None:
-        factors, remark = _truncated(run, deltas, whole, rank)
+        factors, remark = _truncated(run, deltas, rank)
         typer.echo(remark)
     elif moved or len(kinds) > 1 or not all(exact.values()):
+        formless = next((name for name, f in exact.items() if f is None), None)
+        what = moved[0] if moved else formless or "some weights and without lengths of others"
         raise UserError(
-            f"{run_folder}: peft has no form for {'+'.join(m.key for m in adapters)}"
-            + (f" after {moved[0]} itself was changed" if moved else "")
-            + "; --rank R writes a LoRA that approximates it, --to hf the merged model"
+            f"{run_folder}: peft has no form for what {'+'.join(m.key for m in adapters)} made of {what}; "
+            "--rank R writes a LoRA that approximates it, --to hf the merged model"
         )
     else:
         factors = {name: f for name, f in exact.items() if f is not None}
@@ -138,17 +145,14 @@ def _peft(run: Run, folder: Path, rank: int | None, run_folder: str) -> None:
     save_weights(folder / "adapter_model.safetensors", weights, {"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
     run.task.save(folder)
-    _card(run, folder, "peft", 'PeftModel.from_pretrained(base, "this folder")', remark)
+    _card(run, folder, "peft", "PeftModel", remark)
 
 
-def _truncated(run: Run, deltas: dict[str, tuple[DeltaMethod, Layer]], whole: set[str], rank: int) -> tuple[dict[str, Factors], str]:
+def _truncated(run: Run, deltas: dict[str, tuple[DeltaMethod, Layer]], rank: int) -> tuple[dict[str, Factors], str]:
     """The best factors of a rank for every merged update, and what to say of their error."""
-    import torch
-
     from ftrecipes.methods.adapters.delta import Factors
     from ftrecipes.methods.adapters.svd import svd
 
-    tuned = {name: run.model.get_parameter(name).detach().cpu().clone() for name in whole}
     layers = {name: layer for name, (_, layer) in deltas.items()}
     run.merge()
     start = run.pristine()
@@ -162,9 +166,6 @@ def _truncated(run: Run, deltas: dict[str, tuple[DeltaMethod, Layer]], whole: se
         out[name] = Factors(U * s.sqrt(), (V * s.sqrt()).T, 1.0)
         lost += float((update - U * s @ V.T).square().sum())
         total += float(update.square().sum())
-    with torch.no_grad():
-        for name, value in tuned.items():
-            run.model.get_parameter(name).copy_(value)
     error = (lost / total) ** 0.5 if total else 0.0
     return out, f"a LoRA of rank {rank} holds the update up to a relative error of {error:.4f} (Frobenius norm, all weights together)"
 
@@ -220,7 +221,7 @@ def _config(run: Run, deltas: dict[str, tuple[DeltaMethod, Layer]], factors: dic
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if run.task.domain == "causal-lm" else None,
-        "base_model_name_or_path": _base(run),
+        "base_model_name_or_path": None if run.settings.model.weights == "random" else _base(run),
         "inference_mode": True,
         "r": r,
         "lora_alpha": alpha,
@@ -253,16 +254,16 @@ def _base(run: Run) -> str:
     settings = run.settings
     about = settings.entry("model").about
     hub = settings.model.get("hub") or about.get("hub")
-    if settings.model.path:
-        return str(Path(settings.model.path).expanduser().absolute())
-    if about.get("packaged"):
-        from ftrecipes.models.base import PACKAGED
+    if settings.model.weights == "random":
+        return f"{settings.model.name} with random weights"
+    if hub and not settings.model.path:
+        return str(hub)
+    from ftrecipes.models.base import folder_of
 
-        return str(PACKAGED / about["packaged"])
-    return str(hub or settings.model.name)
+    return str((folder_of(settings, meta=False) or Path(settings.model.name)).absolute())
 
 
-def _card(run: Run, folder: Path, library: str, load: str, remark: str) -> None:
+def _card(run: Run, folder: Path, library: str, loader: str, remark: str) -> None:
     """README.md: what was tuned, how and from what, in words and as the metadata that the hub reads."""
     settings, info, base = run.settings, Record(run.source.folder).info, _base(run)  # type: ignore[attr-defined]
     names = "+".join(settings.method)
@@ -279,8 +280,9 @@ def _card(run: Run, folder: Path, library: str, load: str, remark: str) -> None:
         about = method.about
         link = f" ([arXiv {about['arxiv']}](https://arxiv.org/abs/{about['arxiv']}))" if about.get("arxiv") else ""
         lines.append(f"- method `{method.name}`: {about.get('title', method.name)}{link}")
+    start = f", with `{settings.model.adapter}` folded in" if settings.model.adapter else ""
     lines += [
-        f"- base: `{base}` (fingerprint `{info['base']}`)",
+        f"- base: `{base}`{start} (fingerprint `{info['base']}`)",
         f"- data: `{settings.data.name}`, {results.get('steps', '?')} updates of {settings.trainer.batch} examples",
         f"- settings: hash `{info['hash']}`, seed {settings.seed}, ftrecipes {__version__}",
     ]
@@ -294,6 +296,7 @@ def _card(run: Run, folder: Path, library: str, load: str, remark: str) -> None:
     ]
     if rows:
         lines += ["", "| set | metric | before | after |", "| --- | --- | ---: | ---: |", *rows]
-    lines += ["", "Load it with", "", "```python", load, "```"]
+    place = '"<this folder>"' if library == "transformers" else 'base, "<this folder>"'
+    lines += ["", "```python", f"from {library} import {loader}", "", f"model = {loader}.from_pretrained({place})", "```"]
     front = yaml.safe_dump(head, sort_keys=False, allow_unicode=True)
     (folder / "README.md").write_text(f"---\n{front}---\n\n" + "\n".join(lines) + "\n", encoding="utf-8")
