@@ -21,11 +21,14 @@ ROLES = [
     ("q", r"(q_proj|query|q_lin|to_q|wq|(SelfAttention|EncDecAttention|attn\w*|attention)\.q)$"),
     ("k", r"(k_proj|key|k_lin|to_k|wk|(SelfAttention|EncDecAttention|attn\w*|attention)\.k)$"),
     ("v", r"(v_proj|value|v_lin|to_v|(SelfAttention|EncDecAttention|attn\w*|attention)\.v)$"),
-    ("o", r"(o_proj|out_proj|out_lin|to_out\.0|attention\.output\.dense|attn\.c_proj|(SelfAttention|EncDecAttention)\.o)$"),
+    (
+        "o",
+        r"(o_proj|out_proj|out_lin|to_out\.0|attention\.output\.dense|attn\.c_proj|(self_attn|attention)\.dense|(SelfAttention|EncDecAttention)\.o)$",
+    ),
     ("gate", r"(gate_proj|wi_0)$"),
-    ("up", r"(up_proj|fc1|c_fc|lin1|intermediate\.dense|wi|wi_1|net\.0\.proj|fc_in)$"),
-    ("down", r"(down_proj|fc2|lin2|mlp\.c_proj|DenseReluDense\.wo|net\.2|fc_out|\d+\.output\.dense)$"),
-    ("head", r"(^|\.)(lm_head|classifier(\.\w+)?|score|qa_outputs|head|visual_projection|text_projection)$"),
+    ("up", r"(up_proj|fc1|c_fc|lin1|intermediate\.dense|wi|wi_1|net\.0\.proj|fc_in|dense_h_to_4h)$"),
+    ("down", r"(down_proj|fc2|lin2|mlp\.c_proj|DenseReluDense\.wo|net\.2|fc_out|dense_4h_to_h|\d+\.output\.dense)$"),
+    ("head", r"(^|\.)(lm_head|embed_out|classifier(\.\w+)?|score|qa_outputs|head|visual_projection|text_projection)$"),
     ("embed", r"(embed_tokens|wte|word_embeddings|shared|embeddings?|wpe|position_embeddings?|patch_embeddings\.projection)$"),
 ]
 KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding)
