@@ -17,7 +17,7 @@ from hydra._internal.utils import get_args_parser
 
 from ftrecipes import compose as composition
 from ftrecipes.compose import Settings
-from ftrecipes.errors import UserError
+from ftrecipes.errors import FtrError, Interrupted, RunFailed, UserError
 from ftrecipes.record import DONE, Record, new_folder, unfinished
 
 
@@ -133,10 +133,30 @@ def _hydra(flags: list[str], overrides: list[str]) -> None:
     program = sys.argv
     sys.argv = ["ftr", *flags, *overrides]
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # our errors pass through unwrapped
+    failures: list[FtrError] = []
+    here = os.getpid()
+
+    def guarded(config: Any) -> float | None:
+        """A run that fails here is kept for the end, so that a sweep goes on; in a cluster's job it is the job's."""
+        try:
+            return task(config)
+        except Interrupted as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(error.exit_code) from None
+        except FtrError as error:
+            if os.getpid() != here:
+                raise
+            failures.append(error)
+            return None
+
     try:
-        hydra.main(version_base=None, config_path=None, config_name="train")(task)()
+        hydra.main(version_base=None, config_path=None, config_name="train")(guarded)()
     finally:
         sys.argv = program
+    if len(failures) == 1:
+        raise failures[0]
+    if failures:
+        raise RunFailed(f"{len(failures)} points of the sweep failed: " + "; ".join(dict.fromkeys(map(str, failures))))
 
 
 def task(config: Any) -> float | None:

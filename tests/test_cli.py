@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-
 from tools import SMALL
 
 FTR = [sys.executable, "-m", "ftrecipes"]
@@ -19,9 +18,7 @@ QUICK = [*SMALL, "trainer.max_steps=3"]
 
 def ftr(*words: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
     """Run `ftr` in a folder."""
-    return subprocess.run(
-        [*FTR, *words], cwd=cwd, capture_output=True, text=True, timeout=300, env={**os.environ, "COLUMNS": "200", **env}
-    )
+    return subprocess.run([*FTR, *words], cwd=cwd, capture_output=True, text=True, timeout=300, env={**os.environ, "COLUMNS": "200", **env})
 
 
 def test_catalogue_is_fast_and_needs_no_torch(tmp_path: Path) -> None:
@@ -106,7 +103,9 @@ def test_a_plugin_brings_a_method(tmp_path: Path) -> None:
 
 
 def test_plan_counts_svft_at_8b(tmp_path: Path) -> None:
-    found = json.loads(ftr("plan", "method=svft", "model=llama3-8b", "method.svft.pattern=plain", "method.svft.gate=false", "--json", cwd=tmp_path).stdout)
+    found = json.loads(
+        ftr("plan", "method=svft", "model=llama3-8b", "method.svft.pattern=plain", "method.svft.gate=false", "--json", cwd=tmp_path).stdout
+    )
     # one number for each singular value of q, k, v, o, gate, up, down of 32 blocks
     assert found["trainable"] == 32 * (4096 + 1024 + 1024 + 4096 + 3 * 4096)
     assert found["total"] == 8_030_261_248
