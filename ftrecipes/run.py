@@ -184,7 +184,10 @@ class Run:
 
     def seed_global(self, *key: object) -> None:
         """Seed torch's global generator (dropout) for this fit, step and purpose."""
-        torch.manual_seed(derive(self.seed, self.fit_index, self.step, *key))
+        seed = derive(self.seed, self.fit_index, self.step, *key)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed takes milliseconds: it prepares every kind of device
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).manual_seed(seed)
 
     def say(self, sentence: str) -> None:
         """A remark for the user, on the console and in the record."""
