@@ -44,16 +44,15 @@ class MeZO(Method):
     def step(self, run: Run, window: Window) -> None:
         parameters = run.active()
         run.model.eval()
-        loss = self._metric(run, window) if self.metric else None
         rate, decay = run.rate, run.settings.optimizer.weight_decay
         seeds = [derive(run.seed, "mezo", run.fit_index, run.step, i) for i in range(self.n)]
         found: list[tuple[int, float]] = []
         plus = torch.zeros(())
         for i, seed in enumerate(seeds):
             add_z(parameters.values(), seed, self.eps)
-            plus = run.loss(window, loss)
+            plus = self.objective(run, window)
             add_z(parameters.values(), seed, -2 * self.eps)
-            minus = run.loss(window, loss)
+            minus = self.objective(run, window)
             g = float(plus - minus) / (2 * self.eps)
             found.append((seed, g))
             if not math.isfinite(g):
@@ -71,20 +70,15 @@ class MeZO(Method):
         run.log("mezo/g", sum(g for _, g in found) / self.n)
         run.count("forward_passes", 2 * self.n)
 
-    def _metric(self, run: Run, window: Window) -> Any:
-        """The target metric over the examples of the window in place of the loss: no gradient exists, none is needed.
-
-        What is better when it is higher is a share of right examples, and the share of wrong ones is minimised.
-        """
-        examples = torch.tensor(float(sum(len(batch["example"]) for batch in window)))
-        run.update.world.sum([examples])
-
-        def wrong(batch: Any) -> Tensor:
-            total, count = run.task.measure(run.model, batch)[run.task.target]
-            mean = 1.0 - total / count if run.task.higher_is_better else total / count
-            return mean * len(batch["example"]) / float(examples) * window.units
-
-        return wrong
+    def objective(self, run: Run, window: Window) -> Tensor:
+        """The window's loss, or its target metric, for which no gradient exists and none is needed (scalar, lower is better)."""
+        if not self.metric:
+            return run.loss(window)
+        with run.evaluating():
+            sums = torch.stack([run.task.measure(run.model, batch)[run.task.target] for batch in window]).sum(0)
+        run.update.world.sum([sums])
+        mean = sums[0] / sums[1]
+        return 1.0 - mean if run.task.higher_is_better else mean
 
     def structure(self) -> dict[str, Any]:
         return {"history": [[[[s, g] for s, g in found], rate] for found, rate in self.history]}
