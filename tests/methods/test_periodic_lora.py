@@ -230,6 +230,21 @@ def test_the_record_holds_factors_and_opens_to_the_same_weights(tmp_path):
     assert len(adapter(again).stages) == 3
 
 
+def test_a_point_on_the_line_to_the_start_includes_the_finished_stages(tmp_path):
+    """WiSE-FT's half way: of the weights that stages were folded into, and of the live adapter."""
+    words = ("method=[periodic_lora,wise_ft]", *small("optimizer.lr=1e-2", "method.periodic_lora.unload_last=false")[1:])
+    half = train(*words, "method.wise_ft.alpha=[0.5]", folder=tmp_path)
+    whole = drive(build(*small("optimizer.lr=1e-2", "method.periodic_lora.unload_last=false")))
+    again, start = Run.open(tmp_path), half.pristine().state_dict()
+    names = list(adapter(half).deltas)
+    merged, ends = half.merge().state_dict(), whole.merge().state_dict()
+    for name in (f"{name}.weight" for name in names):
+        torch.testing.assert_close(merged[name], (start[name] + ends[name]) / 2, atol=1e-6, rtol=0)
+        assert (ends[name] - start[name]).abs().max() > 1e-3
+    opened = again.merge().state_dict()
+    assert all(torch.equal(opened[name], value) for name, value in merged.items())
+
+
 @pytest.mark.parametrize("at", [4, 5, 8])
 def test_a_run_that_is_cut_short_within_a_stage_ends_the_same(at, tmp_path):
     check_resume(
