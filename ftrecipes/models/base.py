@@ -121,12 +121,13 @@ def download(name: str, hub: str, revision: str | None) -> Path:
 
 def _first(error: Exception) -> str:
     """An error of another library, short and on one line."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:200]} …"
 
 
 def config_of(settings: Settings, folder: Path | None, *, meta: bool) -> Any:
     """The transformers configuration: the folder's, or that of the model's YAML where no weights are needed."""
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     about, changes = settings.entry("model").about, dict(settings.model.architecture)
     options: Any = {"attn_implementation": settings.model.attention}
@@ -134,7 +135,11 @@ def config_of(settings: Settings, folder: Path | None, *, meta: bool) -> Any:
         raise UserError("model.architecture changes the shapes of weights; it needs model.weights=random")
     with load_errors(settings, folder):
         if folder:
-            read_json(folder / "config.json")
+            written = read_json(folder / "config.json")
+            if "auto_map" in written and written.get("model_type") not in CONFIG_MAPPING:
+                raise UserError(
+                    f"{folder}: needs code of its own (auto_map in config.json), which is not run; models that transformers knows load"
+                )
             return AutoConfig.from_pretrained(folder, trust_remote_code=False, **options, **changes)
         if not about.get("architecture"):
             raise UserError(f"model {settings.model.name} has no architecture in its config; give model.path=<folder>")

@@ -27,7 +27,7 @@ def load(settings: Settings, *, meta: bool = False) -> Loaded:
         raise UserError(f"data.max_length={length}: model {settings.model.name} has {limit} positions; data.max_length={limit} fits")
     tokenizer = _tokenizer(settings, folder, notes, stand_in=meta or settings.model.weights == "random")
     if len(tokenizer) > config.vocab_size:
-        raise UserError(f"model {settings.model.name}: its tokenizer has {len(tokenizer)} tokens, its embedding {config.vocab_size}")
+        raise UserError(f"{folder or settings.model.name}: its tokenizer has {len(tokenizer)} tokens, its embedding {config.vocab_size}")
     pristine = functools.partial(_build, settings, folder, meta)
     task = CausalLM(tokenizer, max_length=length, template=settings.data.template, packing=settings.data.packing)
     return Loaded(pristine(), task, pristine, notes=notes)
