@@ -35,11 +35,13 @@ class LISA(Activity):
             raise UserError(f"lisa.gamma={self.gamma}: the model has {count} blocks")
         if self.chances is not None and len(self.chances) != count:
             raise UserError(f"lisa.chances: {len(self.chances)} given, the model has {count} blocks")
+        if self.chances is not None and sum(chance > 0 for chance in self.chances) < self.gamma:
+            raise UserError(f"lisa.chances={self.chances}: lisa.gamma={self.gamma} blocks are drawn, fewer have a chance")
 
     def due(self, run: Run) -> bool:
         return run.step % self.interval == 0
 
     def awake(self, run: Run) -> list[int]:
         period = run.step // self.interval
-        chances = torch.tensor(self.chances or [1.0] * len(run.anatomy.blocks))
+        chances = torch.tensor(self.chances or [1.0] * len(run.anatomy.blocks), dtype=torch.float32)
         return torch.multinomial(chances, self.gamma, generator=run.generator("lisa", period)).tolist()
