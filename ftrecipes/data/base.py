@@ -99,7 +99,8 @@ class Dataset:
         lost: dict[str, list[int]] = {}
         for i in looked:
             try:
-                for what in self[i].get("lost", ()):
+                encoded = self.task.encode(self.raw[i]) if self.lazy else self[i]
+                for what in encoded.get("lost", ()):
                     lost.setdefault(what, []).append(i)
                 kept.append(i)
             except ValueError as error:

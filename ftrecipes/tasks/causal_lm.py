@@ -223,8 +223,6 @@ class CausalLM(Task):
                 segment[r, span] = i
                 position[r, span] = torch.arange(e["length"])
                 at += e["length"]
-            if len(row) > 1:
-                position[r, at:] = torch.arange(width - at)
         batch: Batch = {"ids": ids, "labels": labels, "segment": segment, "position": position}
         batch["units"] = self.units(encoded)
         return batch
