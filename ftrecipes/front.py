@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -41,7 +42,26 @@ def train(words: Sequence[str]) -> None:
         composition.points(overrides, config_dir=arguments.config_dir)
     elif not looking:
         overrides = _single(overrides, arguments.config_dir)
-    _hydra(flags, overrides)
+    try:
+        _hydra(flags, overrides)
+    finally:
+        if _made is not None:
+            _prune(_made)
+
+
+_made: Path | None = None
+"""The folder that this command made for its run."""
+
+
+def _prune(folder: Path) -> None:
+    """Remove a folder in which no run began, and its parents as far as they are empty."""
+    if folder.is_dir() and not (folder / "run.json").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+    for parent in (folder.parent, folder.parent.parent):
+        try:
+            parent.rmdir()
+        except OSError:
+            return
 
 
 def _single(overrides: list[str], config_dir: str | None) -> list[str]:
@@ -50,6 +70,7 @@ def _single(overrides: list[str], config_dir: str | None) -> list[str]:
     if resume not in (None, "auto", "null"):
         return _of_record(str(resume), overrides)
     settings = composition.compose(overrides, config_dir=config_dir)
+    check_light(settings)
     given = next((o.partition("=")[2] for o in overrides if o.startswith("hydra.run.dir=")), None)
     if given:
         folder = Path(given)
@@ -62,7 +83,8 @@ def _single(overrides: list[str], config_dir: str | None) -> list[str]:
     else:
         found = unfinished(settings.hash, Path("outputs")) if settings.resume == "auto" else None
         folder = found or _fresh()
-    check_light(settings)
+        global _made
+        _made = None if found else folder
     new_folder(folder)
     return [*(o for o in overrides if not o.startswith("hydra.run.dir=")), f"hydra.run.dir={_quoted(folder)}"]
 
@@ -121,7 +143,7 @@ def check_light(settings: Settings) -> None:
         gguf.locate(settings.model.name, source)
     if settings.model.adapter:
         adapter.check(Path(settings.model.adapter).expanduser())
-    if settings.data.name == "file":
+    if settings.data.name in ("file", "hub"):
         files.check(settings.data)
 
 
