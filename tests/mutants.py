@@ -79,7 +79,7 @@ def proofs(target: Path, file: Path) -> tuple[int, str]:
     """Exit code and last line of a proof file's quick tests; the first failure ends them."""
     place = str(file.relative_to(PROJECT))
     try:
-        done = run(target, "-m", "pytest", "-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", place)
+        done = run(target, "-m", "pytest", "-x", "-m", "not slow", "-p", "no:cacheprovider", place)
     except subprocess.TimeoutExpired:
         return -1, f"not done after {LIMIT} s"
     lines = [line for line in done.stdout.splitlines() if line.strip()]
