@@ -5,6 +5,7 @@ What was tuned is folded into the weights of the same base, so the run that star
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -87,8 +88,9 @@ def _from_peft(start: Loaded, folder: Path) -> set[str]:
     saved = read_weights(folder / "adapter_model.safetensors")
     model: Any = start.model
     try:
-        wrapped: Any = PeftModel.from_pretrained(model, str(folder), torch_device="cpu")
-        wanted = set(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
+        with warnings.catch_warnings(action="ignore"):  # what matters of them is refused below
+            wrapped: Any = PeftModel.from_pretrained(model, str(folder), torch_device="cpu")
+            wanted = set(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
         raise UserError(f"{where}: does not fit this model: {' '.join(str(error).split())[:200]}") from error
     if missing := sorted(wanted - set(saved)):
@@ -100,4 +102,6 @@ def _from_peft(start: Loaded, folder: Path) -> set[str]:
         if name in tied and name.endswith(".base_layer"):  # folding into a shared weight would change its other owner too
             untie(model, module)
     wrapped.merge_and_unload(safe_merge=True)
+    if tied and not tied_weights(model):  # one of them was saved whole
+        model.config.tie_word_embeddings = False
     return {name.removeprefix(PREFIX) for name in saved} & set(model.state_dict())
