@@ -12,13 +12,12 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hydra import compose as hydra_compose
-from hydra import initialize
+from hydra import initialize, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -128,7 +127,7 @@ def normal(words: Sequence[str]) -> list[str]:
     return [f"+{word}" if word.startswith("recipe=") else word for word in words]
 
 
-def parse(words: Sequence[str]) -> list[Override]:
+def parse(words: Sequence[str], config_dir: str | None = None) -> list[Override]:
     """Hydra overrides from words, each checked by itself: names, Hydra's settings, targets."""
     overrides = []
     for word in normal(words):
@@ -138,11 +137,11 @@ def parse(words: Sequence[str]) -> list[Override]:
             reason = str(error).splitlines()[0]
             raise UserError(f"cannot read '{word}': {reason} (settings are written group=name or path.to.key=value)") from None
     for override in overrides:
-        _check_override(override)
+        _check_override(override, config_dir)
     return overrides
 
 
-def _check_override(override: Override) -> None:
+def _check_override(override: Override, config_dir: str | None) -> None:
     key = override.key_or_group
     if "_target_" in key.split(".") or _holds_target(override.value()):
         raise UserError(f"{override.input_line}: configs are data, `_target_` is not followed")
@@ -155,11 +154,19 @@ def _check_override(override: Override) -> None:
     if override.is_delete():
         raise UserError(f"{override.input_line}: nothing can be deleted; settings have defaults (ftr show)")
     if key in (*catalogue.GROUPS, "recipe"):
-        names = catalogue.recipes() if key == "recipe" else catalogue.entries(key)
+        names: set[str] = {*catalogue.recipes(), *_own_recipes(config_dir)} if key == "recipe" else {*catalogue.entries(key)}
+        if override.value() is None:
+            raise UserError(f"{override.input_line}: a run needs a {key} (ftr ls {catalogue.plural(key)})")
         for name in _choices(override):
             if name not in names:
                 hint = f" (ftr ls {catalogue.plural(key)})"
                 raise UserError(f"unknown {key} '{name}'{nearest(name, names)}{hint}")
+
+
+def _own_recipes(config_dir: str | None) -> list[str]:
+    """Recipes in a folder of the user's, by name."""
+    folder = Path(config_dir or "", "recipe")
+    return [str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml")] if config_dir else []
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -185,16 +192,11 @@ def _holds_target(node: Any) -> bool:
 # composition
 
 
-@contextmanager
-def _hydra(config_dir: str | None) -> Iterator[None]:
-    with initialize(version_base=None, config_path=None):
-        if config_dir:
-            from hydra.core.global_hydra import GlobalHydra
-
-            hydra = GlobalHydra.instance().hydra
-            assert hydra is not None
-            hydra.config_loader.get_search_path().append("command-line", f"file://{Path(config_dir).resolve()}")
-        yield
+def _hydra(config_dir: str | None) -> Any:
+    """Hydra set up with the catalogue and, when given, a folder of the user's."""
+    if config_dir:
+        return initialize_config_dir(str(Path(config_dir).resolve()), version_base=None)
+    return initialize(version_base=None, config_path=None)
 
 
 def compose(words: Sequence[str] = (), *, config_dir: str | None = None) -> Settings:
@@ -207,7 +209,7 @@ def compose(words: Sequence[str] = (), *, config_dir: str | None = None) -> Sett
     Raises:
         UserError: with one line that says what is wrong and what to do.
     """
-    if any(override.is_sweep_override() for override in parse(words)):
+    if any(override.is_sweep_override() for override in parse(words, config_dir)):
         raise UserError("several values were given for one setting; add -m for a sweep")
     with _hydra(config_dir):
         return _compose(normal(words))
@@ -215,7 +217,7 @@ def compose(words: Sequence[str] = (), *, config_dir: str | None = None) -> Sett
 
 def points(words: Sequence[str], *, config_dir: str | None = None, limit: int | None = None) -> list[Settings]:
     """The settings of every point of a sweep, each checked."""
-    overrides = parse(words)
+    overrides = parse(words, config_dir)
     sweepers = [o for o in overrides if o.key_or_group == "hydra/sweeper" and o.value() not in (None, "basic")]
     if sweepers:  # the points are drawn later; what is common to them can be checked now
         fixed = [o for o in overrides if not o.is_sweep_override()]
@@ -223,7 +225,7 @@ def points(words: Sequence[str], *, config_dir: str | None = None, limit: int | 
             return [_compose([str(o.input_line) for o in fixed])]
     with _hydra(config_dir):
         params = _raw([str(o.input_line) for o in overrides if not o.is_sweep_override()])["hydra"]["sweeper"].get("params")
-        overrides = parse([f"{key}={value}" for key, value in (params or {}).items()]) + overrides
+        overrides = parse([f"{key}={value}" for key, value in (params or {}).items()], config_dir) + overrides
         batches = BasicSweeper.split_arguments(overrides, None)
         return [_compose(list(point)) for point in batches[0][:limit]]
 
@@ -261,6 +263,10 @@ def _explain(error: Exception, words: Sequence[str]) -> str:
         if re.search(r"Value '.*' of type|could not be converted|Invalid type", text):
             return f"{path}: {text.splitlines()[0]}"
         parent, _, last = path.rpartition(".")
+        owner = path.split(".")[1] if path.startswith("method.") else ""
+        if owner in catalogue.entries("method") and owner not in _stack(words):
+            there = ",".join(_stack(words))
+            return f"{path}: {owner} is not in the stack (method={there}); method=[{there},{owner}] puts it there"
         try:
             known = dict(flatten(_defaults(words)))
         except UserError:
@@ -274,6 +280,14 @@ def _explain(error: Exception, words: Sequence[str]) -> str:
     if missing:
         return f"no config '{missing.group(1) or missing.group(2)}' (ftr ls)"
     return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+
+
+def _stack(words: Sequence[str]) -> list[str]:
+    """The methods that a composition has."""
+    try:
+        return list(_defaults(words).get("method") or {})
+    except UserError:
+        return []
 
 
 def _defaults(words: Sequence[str]) -> dict[str, Any]:
