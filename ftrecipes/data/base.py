@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -150,12 +151,10 @@ def micro_batches(dataset: Dataset, positions: Sequence[int], *, examples: int |
             yield list(positions[at : at + examples])
         return
     encoded = {i: dataset[i] for i in positions}
-    current: list[int] = []
-    for position in sorted(positions, key=lambda i: (encoded[i].get("length", 1), i)):
-        trial = [*current, position]
-        if current and dataset.task.cost([encoded[i] for i in trial]) > budget:
-            yield current
-            trial = [position]
-        current = trial
-    if current:
-        yield current
+    ordered = sorted(positions, key=lambda i: (encoded[i].get("length", 1), i))
+    at = 0
+    while at < len(ordered):  # the cost grows with every example, so the longest fitting stretch is found by halving
+        ends = range(at + 2, len(ordered) + 1)
+        fitting = bisect_right(ends, budget, key=lambda end: dataset.task.cost([encoded[i] for i in ordered[at:end]]))
+        yield ordered[at : at + 1 + fitting]
+        at += 1 + fitting
