@@ -50,7 +50,7 @@ class Line:
 
 
 def between(start: Tensor, end: Tensor, alpha: float) -> Tensor:
-    """(1 - alpha) start + alpha end in at least float32, in the dtype of `end`; the ends themselves come back bit for bit."""
+    """(1 - alpha) start + alpha end in at least float32, in the dtype of `end`; the ends, and what did not move, bit for bit."""
     if alpha in (0.0, 1.0) or not end.is_floating_point():
         return start.to(end.dtype) if alpha == 0.0 else end
-    return ((1 - alpha) * wide(start) + alpha * wide(end)).to(end.dtype)
+    return torch.where(start == end, end, ((1 - alpha) * wide(start) + alpha * wide(end)).to(end.dtype))
