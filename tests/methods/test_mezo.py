@@ -143,6 +143,38 @@ def test_update(n: int, decay: float) -> None:
     assert found[0][0] != step(run, 1)[0][0]  # another direction in the next step
 
 
+def test_agreement_with_the_authors_trainer() -> None:
+    """Their zo_step and zo_update written out, on the same seeds and batches: torch's global stream gives the same z."""
+    run, other = build("method=mezo", *SMALL, "optimizer.lr=1e-3"), build("method=full", *SMALL)
+    theta = dict(other.model.named_parameters())
+
+    @torch.no_grad()
+    def perturb(seed: int, factor: float) -> None:
+        torch.manual_seed(seed)
+        for parameter in theta.values():
+            z = torch.normal(mean=0, std=1, size=parameter.size(), dtype=parameter.dtype)
+            parameter.data = parameter.data + factor * z * 1e-3
+
+    other.model.eval()
+    for number in range(4):
+        ((seed, g),) = step(run, number)
+        perturb(seed, 1)
+        loss1 = other.loss(other.window(number))
+        perturb(seed, -2)
+        loss2 = other.loss(other.window(number))
+        projected = ((loss1 - loss2) / (2 * 1e-3)).item()
+        perturb(seed, 1)
+        torch.manual_seed(seed)
+        for parameter in theta.values():
+            z = torch.normal(mean=0, std=1, size=parameter.size(), dtype=parameter.dtype)
+            parameter.data = parameter.data - 1e-3 * (projected * z)
+        assert g == pytest.approx(projected, abs=2e-3)  # a float32 loss over 2 eps
+        assert float(run._row["loss"]) == pytest.approx(float(loss1), rel=1e-5)
+    for name, now in weights(run).items():
+        assert torch.allclose(now, theta[name], atol=2e-5), name
+    assert min(float((p - other.pristine().get_parameter(n)).abs().max()) for n, p in theta.items()) > 1e-3
+
+
 def test_settings_are_the_papers() -> None:
     settings = compose(["method=mezo", "model=toy"])
     assert (settings.method.mezo.eps, settings.method.mezo.n, settings.schedule.name, settings.schedule.warmup) == (1e-3, 1, "constant", 0)
