@@ -61,7 +61,7 @@ def apply(loaded: Loaded, folder: Path) -> Loaded:
         return start.model
 
     given = put(loaded)
-    return replace(loaded, pristine=pristine, fresh=loaded.fresh - given)
+    return replace(loaded, pristine=pristine, fresh=loaded.fresh - given, notes=[*loaded.notes, f"starts from {folder}"])
 
 
 def _from_run(start: Loaded, folder: Path) -> set[str]:
