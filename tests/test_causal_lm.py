@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tools import SMALL, build
+from transformers import AutoConfig, AutoTokenizer, Gemma2Config, Gemma3TextConfig, LlamaConfig
 from transformers import AutoModelForCausalLM as Auto
-from transformers import AutoTokenizer, Gemma2Config, Gemma3TextConfig, LlamaConfig
 
 from ftrecipes.data.base import Splits
 from ftrecipes.errors import UserError
@@ -373,6 +373,31 @@ def test_model_that_does_something_else_to_its_logits_is_refused(monkeypatch: py
     monkeypatch.setattr(type(model), "forward", scaled)
     with pytest.raises(UserError, match="does not know what it does to them"):
         task.check(model)
+
+
+OTHERS = {
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4}, "gpt_neox": {}, "phi": {}, "olmo2": {}, "qwen3": {"head_dim": 8, "num_key_value_heads": 2}, "gemma": {"head_dim": 8, "num_key_value_heads": 2},
+    "mistral": {"sliding_window": 4, "num_key_value_heads": 2}, "granite": {"logits_scaling": 8.0}, "cohere": {"logit_scale": 0.1}, "opt": {"ffn_dim": 48, "word_embed_proj_dim": 16},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_architectures_pass_or_are_refused(kind: str) -> None:
+    shape = {"vocab_size": 1040, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    model = Auto.from_config(AutoConfig.for_model(kind, **shape, initializer_range=0.3, **OTHERS[kind])).eval()
+    make_task().check(model)
+    if kind == "opt":  # transformers builds no block mask for it
+        with pytest.raises(UserError, match=r"data\.packing=false"):
+            make_task(packing=True).check(model)
+        return
+    task = make_task(packing=True, max_length=48)
+    task.check(model)
+    batch = collate(task, questions(6))
+    with torch.no_grad():
+        outputs = task.outputs(model, batch)
+        for i, example in enumerate(questions(6)):
+            assert torch.allclose(-outputs.logps[outputs.row == i], alone(model, task, example)[1], atol=1e-4)
 
 
 def test_model_that_cannot_keep_packed_examples_apart_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
