@@ -224,6 +224,7 @@ BAD: dict[str, tuple[str, Callable[[Path], None], str] | tuple[str, Callable[[Pa
     "folder, two endings": (".", rows(GOOD, to=("train.jsonl", "train.json")), r"'train' is there as train\.json and train\.jsonl"),
     "unknown split": (".", rows(GOOD, to=("train.jsonl",)), r"data\.splits\.train=trian: no such split; did you mean 'train'\?", {"splits": {"train": "trian"}}),
     "unknown role of a split": (".", rows(GOOD), r"data\.splits\.trian: unknown; did you mean 'train'\?", {"splits": {"trian": "a"}}),
+    "number as a column": ("a.jsonl", rows(GOOD), r"data\.columns\.prompt: must be a name, not 3", {"columns": {"prompt": 3}}),
     "splits of a file": ("a.jsonl", rows(GOOD), r"data\.splits names files of a folder", {"splits": {"train": "a"}}),
     "shares": ("a.jsonl", rows(GOOD), r"data\.validation \+ data\.test = 1\.2: nothing is left", {"validation": 0.6, "test": 0.6}),
     "retained file": ("a.jsonl", rows(GOOD), r"r\.txt: no such file", {"retain": "r.txt"}),

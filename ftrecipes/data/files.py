@@ -79,9 +79,11 @@ def check(knobs: Any) -> None:
     if (left := 1 - knobs.validation - knobs.test) <= 0:
         raise UserError(f"data.validation + data.test = {1 - left:g}: nothing is left to train on")
     for knob, known in (("splits", SPLITS), ("columns", formats.NAMES)):
-        for name in knobs[knob]:
+        for name, value in knobs[knob].items():
             if name not in known:
                 raise UserError(f"data.{knob}.{name}: unknown{nearest(name, known)}")
+            if not isinstance(value, str) and not (knob == "columns" and isinstance(value, list)):
+                raise UserError(f"data.{knob}.{name}: must be a name, not {value!r}")
     if knobs.retain not in ("stories", "none"):
         _glance(_source(Path(knobs.retain).expanduser()), _auto(knobs))
     if knobs.name == "hub":
