@@ -186,7 +186,7 @@ BAD: dict[str, tuple[str, Callable[[Path], None], str] | tuple[str, Callable[[Pa
     "not UTF-8": ("a.jsonl", text("a.jsonl", json.dumps(GOOD).encode() + b'\n{"question": "caf\xe9"}'), r"a\.jsonl:2: not UTF-8 \(byte 0xe9 at 18\)"),
     "UTF-16": ("a.csv", text("a.csv", "question,answer\nx,y\n".encode("utf-16")), r"a\.csv:1: not UTF-8 \(byte 0xff at 1\); save the file as UTF-8"),
     "half a character": ("a.jsonl", rows(GOOD, '{"question": "\\ud83d", "answer": "x"}'), r"a\.jsonl:2: column 'question' holds half of a surrogate pair"),
-    "unclear columns": ("a.jsonl", rows({"foo": "x", "bar": "y"}), r"a\.jsonl:1: no column for the .*; there are foo, bar; say which with data\.columns="),
+    "unclear columns": ("a.jsonl", rows({"foo": "x", "bar": "y"}), r"a\.jsonl:1: cannot tell what the columns hold: there are foo, bar; say it with data\.columns=\{prompt: …, response: …\}"),
     "misspelt column": (
         "a.jsonl",
         rows({"instruction": "x", "outptu": "y"}),

@@ -188,6 +188,10 @@ def _unclear(columns: Sequence[str], found: str, tried: Mapping[str, Mapping[str
     there = f"there are {', '.join(columns)}" if columns else "the row is empty"
     if {"chosen", "rejected"} <= set(columns):
         return f"these are preference pairs ({there}); tune on the chosen answers with data.columns={{response: chosen}} if they are text"
+    if not found and all(len(_missing(name, tried[name])) == len(FORMATS[name][0]) for name in FORMATS):
+        return (
+            f"cannot tell what the columns hold: {there}; say it with data.columns={{prompt: …, response: …}}, or of messages, text, label"
+        )
     guess = found or max(tried, key=lambda name: len(FORMATS[name][0]) - 2 * len(_missing(name, tried[name])))
     lacking = _missing(guess, tried[guess])[0]
     close = [c for c in columns for n in NAMES[lacking] if difflib.SequenceMatcher(None, c.casefold(), n).ratio() > 0.7]
