@@ -108,7 +108,7 @@ def plan(settings: Settings) -> Plan:
     learned = sum(_bytes(p) for p in trainable.values())
     base = {n: p for n, p in total.items() if n in run.base_names}
     extra = sum(_bytes(b) for n, b in model.named_buffers() if n not in run.base_names)
-    length = settings.data.get("max_length") or 1
+    length = getattr(run.task, "positions", None) or settings.data.get("max_length") or 1
     batch = settings.trainer.batch
     micro = settings.hardware.micro_batch
     per_pass = int(micro) if micro != "auto" else max(1, min(batch, _budget(run) // max(1, length)))

@@ -85,6 +85,10 @@ class ImageClassification(Task):
         pixels = torch.cat([self.resized(torch.stack(group)) for group in groups])
         return {"pixels": (pixels / 255 - self.mean) / self.std, "labels": torch.tensor([e["label"] for e in encoded])}
 
+    def blank(self, examples: int, length: int) -> Batch:
+        images = torch.zeros(examples, len(self.mean), *self.size)
+        return {"pixels": images, "labels": torch.zeros(examples, dtype=torch.long), "example": torch.arange(examples)}
+
     def resized(self, pixels: Tensor) -> Tensor:
         """Bytes (n, channels, h, w) at the model's size, float32 from 0 to 255, rounded as image libraries do."""
         images = pixels.float()
