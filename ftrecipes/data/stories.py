@@ -95,8 +95,11 @@ PAIRS = [
     ("stronger", "strongest", "weakest"),
 ]
 
-Told = tuple[list[str], str, str, str]
-"""Sentences, the closing sentence, a question about it, and its answer."""
+Ending = tuple[str, str, str]
+"""A statement of how things stand at the end, a question about it, and its answer."""
+
+Told = tuple[list[str], list[Ending]]
+"""The sentences of a story, and what can be said and asked of its end."""
 
 
 def _count(r: random.Random) -> Told:
@@ -111,7 +114,7 @@ def _count(r: random.Random) -> Told:
         else:
             n -= m
             told.append(r.choice([f"{a} eats {m} of them.", f"{a} gives {m} to {b}.", f"{a} loses {m}."]))
-    return told, f"Now {a} has {n} {food}.", f"How many {food} does {a} have now?", str(n)
+    return told, [(f"now {a} has {n} {food}", f"How many {food} does {a} have now?", str(n))]
 
 
 def _move(r: random.Random) -> Told:
@@ -125,20 +128,18 @@ def _move(r: random.Random) -> Told:
         a = r.choice(people)
         at[a] = r.choice([p for p in PLACES if p != at[a]])
         told.append(r.choice(["", "Then "]) + f"{a} {r.choice(GOES)} to the {at[a]}.")
-    a = r.choice(people)
-    return told, f"Now {a} is in the {at[a]}.", f"Where is {a} now?", f"in the {at[a]}"
+    return told, [(f"now {a} is in the {at[a]}", f"Where is {a} now?", f"in the {at[a]}") for a in people]
 
 
 def _colour(r: random.Random) -> Told:
     people, things, colours = r.sample(NAMES, 3), r.sample(THINGS, 3), r.sample(COLOURS, 3)
     n = r.randint(2, 3)
     told = [f"{people[i]} has a {colours[i]} {things[i]}." for i in range(n)]
-    i = r.randrange(n)
     if r.random() < 0.3:
-        new = r.choice([c for c in COLOURS if c != colours[i]])
-        told.append(f"{people[i]} paints the {things[i]} {new}.")
-        colours[i] = new
-    return told, f"The {things[i]} is {colours[i]}.", f"What colour is the {things[i]}?", colours[i]
+        i = r.randrange(n)
+        colours[i] = r.choice([c for c in COLOURS if c != colours[i]])
+        told.append(f"{people[i]} paints the {things[i]} {colours[i]}.")
+    return told, [(f"the {things[i]} is {colours[i]}", f"What colour is the {things[i]}?", colours[i]) for i in range(n)]
 
 
 def _give(r: random.Random) -> Told:
@@ -147,7 +148,11 @@ def _give(r: random.Random) -> Told:
     steps = r.randint(1, 3)
     for giver, taker in zip(people[:steps], people[1 : steps + 1], strict=True):
         told.append(r.choice([f"{giver} gives the {thing} to {taker}.", f"{taker} takes the {thing} from {giver}."]))
-    return told, f"Now {people[steps]} has the {thing}.", f"Who has the {thing} now?", people[steps]
+    holder, first = people[steps], people[0]
+    return told, [
+        (f"now the {thing} is with {holder}", f"Who has the {thing} now?", holder),
+        (f"first the {thing} was with {first}", f"Who had the {thing} first?", first),
+    ]
 
 
 def _compare(r: random.Random) -> Told:
@@ -155,26 +160,26 @@ def _compare(r: random.Random) -> Told:
     more, most, least = r.choice(PAIRS)
     told = [f"{a} is {more} than {b}.", f"{b} is {more} than {c}."]
     r.shuffle(told)
-    who, what = r.choice([(a, most), (c, least)])
-    return told, f"{who} is the {what}.", f"Who is the {what}?", who
+    return told, [(f"the {what} is {who}", f"Who is the {what}?", who) for who, what in ((a, most), (c, least))]
 
 
 def _list(r: random.Random) -> Told:
     a, things = r.choice(NAMES), r.sample(THINGS, r.randint(3, 4))
     told = [f"{a} packs {', '.join(f'a {t}' for t in things[:-1])} and a {things[-1]}."]
-    if r.random() < 0.5:
-        return told, f"Backwards that is {' '.join(reversed(things))}.", "What is the list backwards?", " ".join(reversed(things))
-    i = r.choice([0, len(things) - 1])
-    word = "first" if i == 0 else "last"
-    return told, f"The {word} thing is the {things[i]}.", f"What is the {word} thing?", things[i]
+    back = " ".join(reversed(things))
+    return told, [
+        (f"backwards that is {back}", "What is the list backwards?", back),
+        (f"the first thing is the {things[0]}", "What is the first thing?", things[0]),
+        (f"the last thing is the {things[-1]}", "What is the last thing?", things[-1]),
+    ]
 
 
 def _sum(r: random.Random) -> Told:
     who, a, b = r.choice(NAMES), r.randint(0, 12), r.randint(0, 9)
     if r.random() < 0.5:
-        return [], f"{a} + {b} = {a + b}.", f"{who} asks: what is {a} + {b}?", str(a + b)
-    a, b = max(a, b), min(a, b)
-    return [], f"{a} - {b} = {a - b}.", f"{who} asks: what is {a} - {b}?", str(a - b)
+        a, b = max(a, b), min(a, b)
+        return [f"{who} takes {b} from {a}."], [(f"{a} - {b} = {a - b}", f"What is {a} - {b}?", str(a - b))]
+    return [f"{who} adds {a} and {b}."], [(f"{a} + {b} = {a + b}", f"What is {a} + {b}?", str(a + b))]
 
 
 def _day(r: random.Random) -> Told:
@@ -182,7 +187,7 @@ def _day(r: random.Random) -> Told:
     words, steps = r.choice([("tomorrow", 1), ("in two days", 2), ("in three days", 3)])
     day = DAYS[(i + steps) % 7]
     told = [f"Today is {DAYS[i]}.", f"{who} goes to the {place} {words}."]
-    return told, f"That is on {day}.", f"On what day does {who} go to the {place}?", day
+    return told, [(f"{who} goes on {day}", f"On what day does {who} go to the {place}?", day)]
 
 
 KINDS: dict[str, Callable[[random.Random], Told]] = {
@@ -212,22 +217,32 @@ def _scene(r: random.Random) -> str:
     return " ".join(r.sample(lines, r.randint(2, 4)))
 
 
-def _sums(r: random.Random) -> str:
-    return " ".join(_sum(r)[1] for _ in range(r.randint(3, 6)))
+def _said(r: random.Random, endings: list[Ending]) -> str:
+    """Some of the endings, as statements or as somebody's question and somebody's answer."""
+    out = []
+    for statement, asked, _ in r.sample(endings, r.randint(1, len(endings))):
+        if r.random() < 0.4:
+            a, b = r.sample(NAMES, 2)
+            out.append(f'"{asked}" asks {a}. "{_capital(statement)}," says {b}.')
+        else:
+            out.append(f"{_capital(statement)}.")
+    return " ".join(out)
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 def document(r: random.Random) -> str:
-    """One text of the pretraining domain, 15 to 90 words."""
+    """One text of the pretraining domain, 15 to 120 words."""
     parts = []
     for _ in range(r.randint(1, 3)):
-        kind = r.choice([*KINDS, "scene", "scene", "sums"])
+        kind = r.choice([*KINDS, "scene"])
         if kind == "scene":
             parts.append(_scene(r))
-        elif kind == "sums":
-            parts.append(_sums(r))
         else:
-            told, end, _, _ = KINDS[kind](r)
-            parts.append(" ".join([*told, end]))
+            told, endings = KINDS[kind](r)
+            parts.append(" ".join([*told, _said(r, endings)]))
     return " ".join(parts)
 
 
@@ -248,7 +263,8 @@ def chat(r: random.Random) -> list[dict[str, str]]:
 def question(r: random.Random) -> dict[str, str]:
     """A story without its end, a question about it, and the answer."""
     kind = r.choice(list(KINDS))
-    told, _, asked, answer = KINDS[kind](r)
+    told, endings = KINDS[kind](r)
+    _, asked, answer = r.choice(endings)
     return {"prompt": " ".join([*told, asked]), "response": answer, "kind": kind}
 
 
