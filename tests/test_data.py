@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -333,6 +334,8 @@ def test_every_kind_of_file_gives_the_same_examples(name: str, tmp_path: Path) -
     assert bare(found.train) == [{"prompt": r["question"], "response": r["answer"]} for r in TRICKY]
     assert found.validation == found.test == []
     assert str(tmp_path / name) in found.train[0]["place"]
+    numbers = [int(re.split(r"[ :]", e["place"])[-1]) for e in found.train]
+    assert numbers == sorted(set(numbers)) and numbers[-1] >= len(TRICKY)
     split = read(tmp_path / name)
     assert [len(split.train), len(split.validation), len(split.test)] == [37, 3, 2]
 
