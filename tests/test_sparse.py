@@ -79,6 +79,8 @@ def layer(name: str) -> tuple[nn.Module, Tensor]:
     module, inputs = cases[name]()
     if isinstance(module, Conv1D):
         nn.init.normal_(module.bias)
+    if isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight)  # the padding row too: a gradient that must not be there would show
     return module, inputs
 
 

@@ -148,6 +148,13 @@ def test_line_of_any_tuning_is_that_of_its_merged_checkpoints(key: str, last: bo
     assert moved > 1e-3
 
 
+def test_values_of_the_last_update_are_on_the_line_whoever_ends_first() -> None:
+    """Chosen entries stand in a vector of their own until their weight is used again."""
+    both = [trained(f"method={stack}", *SMALL, *STEPS, *TUNINGS["lift"]) for stack in ("[lift,wise_ft]", "[wise_ft,lift]")]
+    first, second = (weights(run) for run in both)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 def test_half_of_an_adapter_is_half_of_its_product() -> None:
     """Halving both factors would leave a quarter."""
     words = (*SMALL, *STEPS)
@@ -218,13 +225,13 @@ def test_running_statistics(recalibrate: int) -> None:
 
 
 def test_the_best_on_validation_is_kept_never_the_best_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    target = {0.0: 0.1, 0.25: 0.6, 0.5: 0.4, 0.75: 0.6, 1.0: 0.5}
+    target = {1.0: 0.6, 0.75: 0.5, 0.5: 0.4, 0.25: 0.6, 0.0: 0.1}
 
     def evaluate(run: Run, split: str) -> dict[str, float]:
         alpha = run.alpha  # type: ignore[attr-defined]
         return {run.task.target: target[alpha] if split == "validation" else 1.0 - alpha}
 
-    run = build("method=wise_ft", "method.wise_ft.alpha=[0,0.25,0.5,0.75,1]", *SMALL, *STEPS, "trainer.eval_every=100")
+    run = build("method=wise_ft", "method.wise_ft.alpha=[1,0.75,0.5,0.25,0]", *SMALL, *STEPS, "trainer.eval_every=100")
     method = run.stack.methods[0]
     move = method.move
 
@@ -237,8 +244,8 @@ def test_the_best_on_validation_is_kept_never_the_best_elsewhere(monkeypatch: py
     run.fit(3)
     start, end = pristine(run), weights(run)
     method.finish(run)
-    assert run.results["wise_ft_alpha"] == 0.25  # of equals the first that is as near to the middle
-    assert [point["alpha"] for point in run.results["wise_ft"]] == [0, 0.25, 0.5, 0.75, 1]
+    assert run.results["wise_ft_alpha"] == 0.25  # of equals the one that is nearer to the middle
+    assert [point["alpha"] for point in run.results["wise_ft"]] == [1, 0.75, 0.5, 0.25, 0]
     assert run.events["points"] == 5
     name = "model.norm.weight"
     assert torch.equal(run.model.get_parameter(name), 0.75 * start[name] + 0.25 * end[name])
