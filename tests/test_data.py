@@ -443,6 +443,9 @@ def test_splits_are_deterministic_and_further_rows_move_none(tmp_path: Path) -> 
     first = where(read(tmp_path / "a.jsonl", validation=0.1, test=0.2))
     assert first == where(read(tmp_path / "a.jsonl", validation=0.1, test=0.2))
     assert 20 <= len(first["validation"]) <= 60 and 50 <= len(first["test"]) <= 110
+    order = [e["prompt"] for e in read(tmp_path / "a.jsonl").test]
+    lines(tmp_path / "b.jsonl", *reversed(numbered(400)))
+    assert order == [e["prompt"] for e in read(tmp_path / "b.jsonl").test]  # so the first of them are no part of a sorted file
     lines(tmp_path / "b.jsonl", *reversed(numbered(900)))
     later = where(read(tmp_path / "b.jsonl", validation=0.1, test=0.2))
     for split, prompts in first.items():
