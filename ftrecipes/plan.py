@@ -140,6 +140,7 @@ def plan(settings: Settings) -> Plan:
         now = roles.get(role, (0, 0))
         roles[role] = (now[0] + parameter.numel() * (name in trainable), now[1] + parameter.numel() * (name in base))
     rate, device = speed(run)
+    by_method = run.stack.owner["optimizer"] or (None if backward else run.stack.owner["step"])
     return Plan(
         methods=list(settings.method),
         model=settings.model.name,
@@ -156,7 +157,11 @@ def plan(settings: Settings) -> Plan:
         device=device,
         available=available(run),
         seconds=None if rate is None else flops * passes / rate,
-        settings={"batch": batch, "precision": run.precision, "optimizer": settings.optimizer.name},
+        settings={
+            "batch": batch,
+            "precision": run.precision,
+            "optimizer": f"{by_method.key}'s own" if by_method else settings.optimizer.name,
+        },
     )
 
 
@@ -252,7 +257,7 @@ def speed(run: Run) -> tuple[float | None, str]:
         a @ a
         best = min(best, time.perf_counter() - began)
     return (
-        0.6 * 2 * size** 3 / best,
+        0.6 * 2 * size**3 / best,
         f"this CPU ({torch.get_num_threads()} threads, {2 * size**3 / best / 1e9:.0f} GFLOP/s on a product of {size})",
     )
 

@@ -125,7 +125,7 @@ class Run:
             raise UserError(f"model.also_train={extra}: no such role in {self.settings.model.name}; it has {have}")
         for name in self.loaded.fresh:
             self.model.get_parameter(name).requires_grad_(True)
-        if self.precision != "bf16":
+        if self.precision.endswith("mixed"):  # without autocast, mixed dtypes would not multiply
             for parameter in self.model.parameters():
                 if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
                     parameter.data = parameter.data.float()
@@ -451,7 +451,7 @@ class Run:
         """What differs from the base: touched base weights, and everything that methods added."""
         named: dict[str, Tensor] = dict(self.model.named_parameters())
         added = {n: t for n, t in self.model.state_dict(keep_vars=True).items() if n not in self.base_names}
-        buffers = {n: b for n, b in self.model.named_buffers() if n in self.base_names and b.is_floating_point()}
+        buffers = {n: b for n, b in self.model.named_buffers() if n in self.base_names}
         return {n: t.detach() for n, t in {**buffers, **added}.items()} | {n: named[n].detach() for n in sorted(self.touched)}
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:

@@ -59,6 +59,10 @@ def check(settings: Settings) -> None:
         owner = next(m.name for m in methods if "optimizer" in m.about.get("points", []))
         if any(word.split("=")[0] == "optimizer" for word in settings.overrides):
             raise UserError(f"{owner} brings its own optimizer, so optimizer={settings.optimizer.name} would be ignored; leave it out")
+        for word in settings.overrides:
+            path = word.lstrip("+").partition("=")[0]
+            if path.startswith("optimizer.") and path not in ("optimizer.lr", "optimizer.weight_decay"):
+                raise UserError(f"{owner} brings its own optimizer, so {path} would be ignored; ftr show method {owner} lists its settings")
 
 
 def pair(a: Entry, b: Entry, settings: Settings | None = None) -> str | None:

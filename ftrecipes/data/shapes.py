@@ -4,11 +4,11 @@ A `Scene` says all there is to know of an image (shapes, colours, places, sizes,
 so labels, rewards and captions can be exact. A *domain* draws scenes at random. Both domains here hold the same classes,
 one of 8 shapes in one of 4 colours:
 
-    clean     filled shapes on a plain or softly graded light background; tiny-vit is pretrained on these
-    shifted   outlines and stripes of other sizes and tints on patterned backgrounds of any brightness, with noise
+    clean     a filled shape on a plain or softly graded background; tiny-vit is pretrained on these
+    shifted   an outlined or striped shape in wider tints on a patterned background, with noise
 
 What keeps a label decidable: backgrounds are nearly grey and things are not, hues of two colours never come near each
-other, a shape looks like no other one at any angle, and things lie wholly inside the image.
+other, no thing is turned so far that it looks like another shape, and all of it lies inside the image.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ Array = NDArray[Any]
 Colour = tuple[float, float, float]
 SIDE = 32
 """Pixels of an image's side."""
+
+TILT = 0.4
+"""Largest rotation of a thing, radians."""
 
 COLOURS = {"red": 0.0, "yellow": 54.0, "green": 128.0, "blue": 224.0}
 """Hues in degrees."""
@@ -215,9 +218,10 @@ def rgb(hue: float, saturation: float, value: float) -> Colour:
 
 
 def clean(r: np.random.Generator, shape: str, colour: str) -> Scene:
-    """A filled shape in a bright colour on a light background."""
-    thing = _thing(r, shape, colour, (0.2, 0.36), hue=8, saturation=(0.75, 1.0), value=(0.75, 1.0))
-    ground = [rgb(r.uniform(0, 360), r.uniform(0, 0.12), r.uniform(0.75, 1.0)) for _ in range(2)]
+    """A filled shape in a bright colour on a calm background."""
+    thing = _thing(r, shape, colour, (0.24, 0.38), hue=8, saturation=(0.75, 1.0), value=(0.75, 1.0))
+    level = r.uniform(0.1, 0.85)
+    ground = [rgb(r.uniform(0, 360), r.uniform(0, 0.15), v) for v in (level, level + 0.15)]
     return Scene((thing,), str(r.choice(["plain", "graded"])), (ground[0], ground[1]), r.uniform(0, 2 * np.pi))
 
 
@@ -239,10 +243,10 @@ def _thing(
 ) -> Thing:  # fmt: skip
     """A thing wholly inside the image; hue: the largest deviation from the colour's own, degrees."""
     size = r.uniform(*sizes)
-    reach = min(1.16 * size, 0.5)
+    reach = 1.16 * size
     x, y = r.uniform(reach, 1 - reach, 2)
     paint = rgb(COLOURS[colour] + r.uniform(-hue, hue), r.uniform(*saturation), r.uniform(*value))
-    return Thing(shape, colour, float(x), float(y), size, r.uniform(0, 2 * np.pi), paint, fill)
+    return Thing(shape, colour, float(x), float(y), size, r.uniform(-TILT, TILT), paint, fill)
 
 
 DOMAINS: dict[str, Callable[[np.random.Generator, str, str], Scene]] = {"clean": clean, "shifted": shifted}

@@ -23,6 +23,9 @@ def load(settings: Settings, *, meta: bool = False) -> Loaded:
     config = config_of(settings, folder, meta=meta)
     limit = getattr(config, "max_position_embeddings", None)
     length = settings.data.max_length
+    if limit and length > limit and "data.max_length" in settings.origin:  # nobody asked for that much
+        notes.append(f"data.max_length is {limit}, the positions that the model has, not {length}")
+        length = limit
     if limit and length > limit:
         raise UserError(f"data.max_length={length}: model {settings.model.name} has {limit} positions; data.max_length={limit} fits")
     tokenizer = _tokenizer(settings, folder, notes, stand_in=meta or settings.model.weights == "random")

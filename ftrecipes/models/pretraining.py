@@ -64,6 +64,7 @@ def tiny_vit(folder: Path) -> None:
 
     ViTConfig(
         hidden_size=96, intermediate_size=384, num_hidden_layers=6, num_attention_heads=3, image_size=SIDE, patch_size=4,
+        layer_norm_eps=1e-6, initializer_range=0.05,
         architectures=["ViTForImageClassification"], id2label=dict(enumerate(CLASSES)), label2id={n: i for i, n in enumerate(CLASSES)},
     ).save_pretrained(folder)  # fmt: skip
     size = {"height": SIDE, "width": SIDE}

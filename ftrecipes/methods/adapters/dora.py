@@ -95,8 +95,13 @@ class Decomposed(LowRank):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach_norm):
             c = self.norm()
         q = self.m / c
-        x, base = _dropped(self, x, y)
-        return _lengthen(y, base, q) + (q * self.scale).to(y.dtype) * self.product(x, self.B, self.A)
+        dropped, base = _dropped(self, x, y)
+        low_rank = self.product(dropped, self.B, self.A)
+        if dropped is not x:
+            return _lengthen(y, base, q) + (q * self.scale).to(y.dtype) * low_rank
+        # one output-sized tensor is kept for the backward pass instead of two
+        new = torch.add(y, low_rank, alpha=self.scale)
+        return _lengthen(new, new if base is y else torch.add(base, low_rank, alpha=self.scale), q)
 
 
 def _dropped(delta: Magnitude | Decomposed, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
