@@ -357,6 +357,8 @@ def resolve(values: dict[str, Any], words: Sequence[str] = ()) -> Settings:
     settings = Settings(values=box(values), overrides=list(words))
     _fill(settings, declared)
     stacking.check(settings)
+    if size_of(settings) == "paper" and not any(word.lstrip("+").startswith(("data=", "recipe=")) for word in words):
+        settings.notes.append(f"no data= was given; {settings.data.name}, {settings.entry('data').about['title']}, stands in")
     for path, knob in declared.items():
         wrong = schema.problem(lookup(settings.values, path), knob)
         if wrong:

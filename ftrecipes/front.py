@@ -39,7 +39,12 @@ def train(words: Sequence[str]) -> None:
     if arguments.config_dir and not Path(arguments.config_dir).is_dir():
         raise UserError(f"--config-dir {arguments.config_dir}: no such folder")
     if arguments.multirun:
-        composition.points(overrides, config_dir=arguments.config_dir)
+        seen: list[object] = []
+        for point in composition.points(overrides, config_dir=arguments.config_dir):
+            parts = (point.model, point.data, point.logger)  # what check_light looks at; most points share it
+            if parts not in seen:
+                seen.append(parts)
+                check_light(point)
     elif not looking:
         overrides = _single(overrides, arguments.config_dir)
     try:

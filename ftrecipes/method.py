@@ -117,6 +117,10 @@ class Method:
         """What must be known to rebuild the modules before weights are loaded (plain types, tensors)."""
         return {}
 
+    def writes(self) -> set[str]:
+        """Names of frozen base weights that the method changes itself and keeps in its structure."""
+        return set()
+
     def restore(self, run: Run, structure: dict[str, Any]) -> None:
         """Rebuild from `structure()` on the untouched base; no data is read."""
         self.prepare(run)

@@ -134,7 +134,8 @@ class Run:
             raise UserError(f"nothing trains: {', '.join(m.key for m in self.stack)} left every weight frozen")
         self.touched |= set(self._trainable) & self.base_names
         if self.settings.hardware.checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+            enable = getattr(self.model, "activation_checkpointing_enable", None) or self.model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})  # type: ignore[operator]
             if hasattr(self.model, "enable_input_require_grads"):
                 self.model.enable_input_require_grads()  # type: ignore[operator]
 
@@ -659,7 +660,7 @@ def _number(value: Any) -> Any:
 def quiet() -> None:
     """Silence what libraries print about themselves."""
     warnings.filterwarnings("ignore", module=r"lightning\..*")
-    warnings.filterwarnings("ignore", message=r".*configure_optimizers.*|.*num_workers.*|.*isinstance\(treespec.*")
+    warnings.filterwarnings("ignore", message=r".*`?configure_optimizers.*|.*num_workers.*|.*isinstance\(treespec.*")
     for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning"):
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -117,6 +117,9 @@ class PeriodicLoRA(DeltaMethod):
         assert isinstance(delta, LowRank)
         return Factors(*self.stacked(name), delta.scale) if delta.strength == 1.0 else None
 
+    def writes(self) -> set[str]:
+        return {f"{name}.weight" for name in self.deltas}
+
     def structure(self) -> dict[str, Any]:
         stages = [{name: {"B": B, "A": A} for name, (B, A) in factors.items()} for factors in self.stages]
         return {**super().structure(), "stages": stages}

@@ -190,6 +190,9 @@ class SparseMethod(Method):
         chosen.values.copy_(torch.where(torch.isin(new, old), kept, fresh))
         self.ever[name] = torch.cat([self.ever[name], new]).unique()
 
+    def writes(self) -> set[str]:
+        return {f"{name}.weight" for name in self.chosen}
+
     def structure(self) -> dict[str, Any]:
         """Chosen positions, and positions and values of all entries that were ever chosen."""
         out: dict[str, Any] = {}
