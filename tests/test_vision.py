@@ -217,8 +217,9 @@ def test_packaged_weights_know_the_clean_domain_and_not_the_shifted_one() -> Non
     assert clean["accuracy"] > 0.9 and random["accuracy"] < 3 * chance
     assert clean["nll"] < 0.15 * random["nll"]
     assert 5 * chance < shifted["accuracy"] < clean["accuracy"] - 0.2
-    assert all(p.dtype == torch.float32 for p in run.model.parameters())
-    assert all(torch.equal(p, p.bfloat16().float()) for p in run.model.parameters())
+    packaged = list(run.pristine().parameters())
+    assert {p.dtype for p in packaged} == {torch.float32}
+    assert all(torch.equal(p, p.bfloat16().float()) for p in packaged)
     said = json.loads((PACKAGED / "tiny-vit" / "recipe.json").read_text())
     assert clean["accuracy"] == pytest.approx(said["after"]["test"]["accuracy"], abs=0.03)
     assert (PACKAGED / "tiny-vit" / "model.safetensors").stat().st_size < 2.5e6
