@@ -48,6 +48,7 @@ class Run:
     model, task, anatomy: the model, what its domain says, its parts by role. data: Datasets by split.
     step: updates done, over all fits. fit_step, fit_steps: those of the current fit.
     rounding: the largest change that rounding to a weight's dtype made when a delta was folded into it.
+    held: further models that stay in memory.
     """
 
     def __init__(self, settings: Settings, record: Record | None = None, console: Console | None = None) -> None:
@@ -72,6 +73,7 @@ class Run:
         self.journal: dict[str, Any] = {}
         self.touched: set[str] = set()
         self.base_names: set[str] = set()
+        self.held: list[nn.Module] = []
         self.rounding = 0.0
         self.stopping: str | None = None
         self.remarks: list[str] = []
@@ -278,6 +280,12 @@ class Run:
     def pristine(self) -> nn.Module:
         """The model as it was loaded, a second one on the CPU; costs its memory as long as it is held."""
         return self.loaded.pristine()
+
+    def hold(self, model: nn.Module) -> nn.Module:
+        """Keep a further model on the run's device, frozen and in eval mode; plans count it."""
+        model.requires_grad_(False).eval()
+        self.held.append(model if next(model.parameters()).is_meta else model.to(self.device))
+        return self.held[-1]
 
     def forget(self, parameters: Sequence[nn.Parameter]) -> None:
         """Drop the optimizer's state of these parameters."""

@@ -99,6 +99,8 @@ def _clash(a: Entry, b: Entry, settings: Settings | None) -> str | None:
         return f"{a.name} computes no gradients, {b.name} acts on them"
     if a.about.get("gradients") is False and _at(b, "optimizer"):
         return f"{a.name} updates the weights itself, {b.name} brings an optimizer"
+    if _at(a, "loss") and _at(b, "weights"):
+        return f"{a.name} replaces the loss, so the weights that {b.name} gives to tokens or examples would be lost"
     reason = (a.about.get("excludes") or {}).get(b.name)
     return str(reason) if reason else None
 
