@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
 
@@ -94,6 +94,9 @@ class Reference:
 class Objective(Method):
     """A method that replaces the loss of a language model."""
 
+    blurred_by_dropout: ClassVar[bool] = False
+    """True when the loss compares log-probabilities of two passes; dropout of the model and its adapters is off then."""
+
     _reference: Reference | None = None
 
     def looks_back(self) -> bool:
@@ -101,6 +104,8 @@ class Objective(Method):
         return False
 
     def begin(self, run: Run) -> None:
+        if self.blurred_by_dropout and without_dropout(run.model):
+            run.say(f"{self.key}: dropout is off, it would blur the ratios of probabilities")
         if self.looks_back():
             self.reference(run)
 
@@ -113,3 +118,18 @@ class Objective(Method):
             self._reference = found
             run.say(f"{self.key}: the reference is {found}")
         return self._reference
+
+
+def without_dropout(model: nn.Module) -> bool:
+    """Set every dropout rate of a model to zero; whether there was one."""
+    found = False
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if (
+                value
+                and isinstance(value, float)
+                and (("drop" in name) or (name == "p" and isinstance(module, nn.modules.dropout._DropoutNd)))
+            ):
+                setattr(module, name, 0.0)
+                found = True
+    return found
