@@ -112,7 +112,7 @@ def plan(settings: Settings) -> Plan:
     length = getattr(run.task, "positions", None) or settings.data.get("max_length") or 1
     batch = settings.trainer.batch
     micro = settings.hardware.micro_batch
-    per_pass = int(micro) if micro != "auto" else max(1, min(batch, _budget(run) // max(1, length)))
+    per_pass = int(micro) if micro != "auto" else max(1, min(batch, run.budget // max(1, length * (1 + run.task.alternatives))))
     fake = FakeTensorMode()
     with fake:
         for held in (model, *run.held):
@@ -168,12 +168,6 @@ def plan(settings: Settings) -> Plan:
         },
         remarks=run.remarks,
     )
-
-
-def _budget(run: Run) -> int:
-    from ftrecipes.run import TOKENS_CPU, TOKENS_GPU
-
-    return TOKENS_GPU if run.device.type == "cuda" else TOKENS_CPU
 
 
 def _bytes(tensor: Tensor) -> int:

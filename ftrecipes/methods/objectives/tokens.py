@@ -15,11 +15,17 @@ and finds there
     outputs.row                                      the example of each counted token (n,)
 
     self.reference(run).outputs(batch)               the same of the model as it was before training, without gradients
-    self.reference(run).logits(outputs, hidden)      and its logits, for use inside `per_chunk`
+    self.reference(run).logits(outputs, hidden)      its logits, for use inside `per_chunk`
+    self.reference(run).sums(batch, n)               its log-probabilities of whole answers
 
 `looks_back()` says whether a paper does. The reference costs no memory where deltas are all that trains: it is the
 model with these switched off. Otherwise it is a frozen copy of the loaded model. Which it is stands in the plan and in
 the record; it never moves, whatever was resumed.
+
+Preference objectives compare whole answers: `outputs.per_sequence(outputs.logps, n)` sums the tokens of each. They say in
+`set_up` that an example is what is counted (`task.unit = "example"`) and with how many other answers it is compared
+(`task.alternatives`); these stand in `batch["others"]`, a batch of its own with the `owner` of each. Rejected answers come
+with the data; others are put there by a method (see discriminative_ft.py).
 
 What is reported with `run.report` is a sum over counted units too, and becomes their mean in the metrics.
 """
@@ -89,6 +95,12 @@ class Reference:
         """The reference's logits (n, V), float32, for some of its hidden states."""
         with self.looking():
             return outputs.logits(hidden).float()
+
+    def sums(self, batch: Batch, sequences: int) -> Tensor:
+        """The reference's log-probability of each answer of a micro-batch (sequences,)."""
+        with self.looking() as model:
+            outputs: TokenOutputs = self.run.task.outputs(model, batch)
+            return outputs.per_sequence(outputs.logps, sequences)
 
 
 class Objective(Method):
