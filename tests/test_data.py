@@ -154,7 +154,9 @@ def test_preference_columns_can_be_named_and_single_answers_can_be_taken(tmp_pat
     assert one(tmp_path, {**row, "messages": TURNS}, format="chat") == ("chat", CHAT)
     found = read(lines(tmp_path / "a.jsonl", *({**row, "prompt": f"{i}?"} for i in range(30))))
     assert found.target == "preference"
-    assert "read as preference (chosen=chosen, rejected=rejected, prompt=prompt); a method that learns from single answers" in found.notes[0]
+    assert (
+        "read as preference (chosen=chosen, rejected=rejected, prompt=prompt); a method that learns from single answers" in found.notes[0]
+    )
     assert read(lines(tmp_path / "b.jsonl", GOOD)).target == ""
 
 
@@ -629,6 +631,8 @@ def test_a_run_does_not_go_on_with_other_data(in_tmp: Path, monkeypatch: pytest.
     monkeypatch.setattr(tools, "train", resumed)
     with pytest.raises(UserError, match="data file: it changed since this run began"):
         train_cut_short(*words, folder=in_tmp / "other", at=5)
+    with pytest.raises(UserError, match="data file: it changed since this run began"):
+        Run.open(in_tmp / "same", data=True)
 
 
 def test_formats_are_declared_once() -> None:

@@ -6,6 +6,7 @@ float32 buffer: the full float32 logits do not exist at any moment.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 IGNORE = -100
 CHUNK = 2**24
 """Largest float32 buffer of logits, in numbers (64 MiB)."""
+SAMPLE_TOKENS = 24
+"""Length of an answer that is only looked at."""
 
 
 class TokenOutputs(Outputs):
@@ -354,13 +357,16 @@ class CausalLM(Task):
             else:
                 *prompt, last = messages_of(example)
                 asked, wanted = prompt[-1]["content"] if prompt else "", last["content"]
-            out.append({"prompt": asked, "wanted": wanted.strip(), "answer": self.generate(run.model, prompt)})
+            if len(self._asked(prompt)) + SAMPLE_TOKENS > getattr(run.model.config, "max_position_embeddings", math.inf):
+                continue
+            answer = self.generate(run.model, prompt, max_new_tokens=SAMPLE_TOKENS)
+            out.append({"prompt": asked, "wanted": wanted.strip(), "answer": answer})
         return out
 
-    def prompt_ids(self, prompt: str | list[dict[str, str]]) -> list[int]:
-        """A dialogue up to where the next answer begins, or a raw text, as the model was taught to see it."""
+    def _asked(self, prompt: str | list[dict[str, str]]) -> list[int]:
+        """The tokens of a dialogue that wants an answer, or of a raw text that wants to go on."""
         ids = self._fast.encode(prompt if isinstance(prompt, str) else self.render(prompt, prompt=True), add_special_tokens=False).ids
-        return self._start + ids if isinstance(prompt, str) or not self.chat else list(ids)
+        return self._start + ids if isinstance(prompt, str) or not self.chat else ids
 
     def generate(self, model: Any, prompt: str | list[dict[str, str]], *, max_new_tokens: int = 48, **options: Any) -> str:
         """The model's answer to a dialogue, or what follows a raw text; greedy unless options say otherwise."""
@@ -368,10 +374,15 @@ class CausalLM(Task):
 
     @torch.no_grad()
     def answers(self, model: Any, prompts: Sequence[str | list[dict[str, str]]], *, n: int = 1, **options: Any) -> list[list[str]]:
-        """`n` answers to each prompt, all at once; sampling (`do_sample`) draws from torch's global generator."""
+        """`n` answers to each prompt, all at once; sampling (`do_sample`) draws from torch's global generator.
+
+        Answers end where the model's positions do.
+        """
         device = next(model.parameters()).device
-        ids = [self.prompt_ids(prompt) for prompt in prompts]
+        ids = [self._asked(prompt) for prompt in prompts]
         width = max(map(len, ids))
+        room = getattr(model.config, "max_position_embeddings", math.inf) - width
+        options["max_new_tokens"] = max(1, min(options.get("max_new_tokens", 48), room))
         tokens = torch.full((len(ids), width), self.tokenizer.pad_token_id or 0)
         mask = torch.zeros_like(tokens)
         for row, prompt in enumerate(ids):
