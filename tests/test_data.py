@@ -247,7 +247,7 @@ BAD: dict[str, tuple[str, Callable[[Path], None], str] | tuple[str, Callable[[Pa
     "pair, null": ("a.jsonl", rows(PAIR, {**PAIR, "rejected": None}), r"a\.jsonl:2: column 'rejected' holds null; text is needed"),
     "pair of two kinds": ("a.jsonl", rows({**PAIR, "chosen": TURNS}), r"a\.jsonl:1: chosen is a list and rejected str; both must be text or lists of turns"),
     "pair of two prompts": ("a.jsonl", rows({"chosen": TURNS, "rejected": [{"role": "user", "content": "Ho"}, TURNS[1]]}), r"a\.jsonl:1: chosen and rejected part at turn 1, before their last answer"),
-    "pair of two lengths": ("a.jsonl", rows({"chosen": [*TURNS, *TURNS], "rejected": TURNS}), r"a\.jsonl:1: chosen and rejected part at turn 2, before their last answer"),
+    "pair of two lengths": ("a.jsonl", rows({"chosen": [*TURNS, *TURNS], "rejected": TURNS}), r"a\.jsonl:1: chosen and rejected part at turn 3, before their last answer"),
     "pair that ends with a question": ("a.jsonl", rows({"chosen": TURNS, "rejected": TURNS[:1]}), r"a\.jsonl:1: rejected does not end with an answer of the assistant"),
     "pair with an unknown role": ("a.jsonl", rows({"chosen": TURNS, "rejected": [{"role": "robot", "content": "x"}]}), r"a\.jsonl:1: turn 1: unknown role 'robot'"),
     "pair, a column is gone": ("a.jsonl", rows(PAIR, {"prompt": "x", "chosen": "y", "rejcted": "z"}), r"a\.jsonl:2: no column 'rejected'; did you mean 'rejcted'\?"),

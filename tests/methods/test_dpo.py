@@ -132,7 +132,7 @@ def test_likelihood_of_the_chosen_can_be_added() -> None:
 
 @pytest.mark.parametrize(("stack", "copy"), [("dpo", True), ("lora,dpo", False)])
 def test_starts_at_log_2_and_separates_the_pairs(stack: str, copy: bool) -> None:
-    run = dpo("data.size=8", "optimizer.lr=3e-2", stack=stack)
+    run = dpo("data.size=8", "optimizer.lr=3e-2", "method.dpo.beta=1", stack=stack)
     run.fit(1)
     row = run._row
     assert float(row["loss"]) == pytest.approx(math.log(2), abs=1e-6)
