@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 from ftrecipes import cli, export
 from ftrecipes.errors import UserError
 from ftrecipes.models.base import PACKAGED
+from ftrecipes.report import finished
 
 SHORT = ("trainer.max_steps=2", "trainer.batch=8", "trainer.eval_examples=4", "data.size=64")
 TEXT = (*SMALL, *SHORT)
