@@ -124,7 +124,7 @@ def test_likelihood_of_the_chosen_can_be_added() -> None:
     with torch.no_grad():
         outputs = run.task.outputs(run.model, batch)
     mean = -outputs.per_sequence(outputs.logps, 8) / outputs.row.bincount()
-    assert float(run.loss(window) - plain.loss(plain.window(0))) == pytest.approx(0.5 * float(mean.mean()), rel=1e-5)
+    assert float((run.loss(window) - plain.loss(plain.window(0))).detach()) == pytest.approx(0.5 * float(mean.mean()), rel=1e-5)
 
 
 # -- the run -----------------------------------------------------------------------------------------------------------
