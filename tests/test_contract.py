@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_vision import SMALL_VIT
-from tools import SMALL, build, train, weights
+from tools import SMALL, build, small, train, weights
 
 from ftrecipes import catalogue, registry, stacking
 from ftrecipes.compose import compose
@@ -25,6 +24,7 @@ KNOBS: dict[str, list[str]] = {
     "lift": ["method.lift.update_interval=2"],
     "lisa": ["method.lisa.interval=2", "method.lisa.gamma=1"],
     "periodic_lora": ["method.periodic_lora.stage_steps=2"],
+    "taft": ["method.taft.shards=1"],
 }
 # Which parts of the contract do not apply, and why.
 EXEMPT: dict[tuple[str, str], str] = {
@@ -32,22 +32,8 @@ EXEMPT: dict[tuple[str, str], str] = {
     **{(m, "events"): "a baseline without a mechanism of its own" for m in ("full", "linear_probe")},
     **{(m, "events"): "the mechanism is the added module itself" for m in ("flora_tucker", "vera")},
     ("oft", "events"): "projections are counted where coft asks for them; else the mechanism is the added module itself",
-    ("taft", "merge"): "the expansion of a model in its weights is no model of its kind",
     ("taft", "hardware.checkpointing=true"): "refused: what is computed anew would lack the tangents",
 }
-
-
-def domains(method: str) -> set[str]:
-    """Of the domains that the contract has a small model for, those that a method is for."""
-    named = catalogue.get("method", method).about["domains"]
-    return {"causal-lm", "vit"} & ({"causal-lm", "vit"} if "any" in named else set(named))
-
-
-def small(*methods: str) -> tuple[str, ...]:
-    """A small model that all of the methods are for."""
-    common = set.intersection(*map(domains, methods))
-    assert common, f"the contract has no small model for {' and '.join(methods)}"
-    return SMALL if "causal-lm" in common else SMALL_VIT
 
 
 def words(method: str, *more: str) -> list[str]:
@@ -114,10 +100,14 @@ def test_reloads_and_merges_to_equal_outputs(method: str, tmp_path: Path) -> Non
         wanted = answers(run.task.outputs(run.model.eval(), batch))
         opened = Run.open(tmp_path)
         assert answers(opened.task.outputs(opened.model, batch)).equal(wanted)
-        applies(method, "merge")
-        merged = opened.merge()
-        torch.testing.assert_close(answers(opened.task.outputs(merged, batch)), wanted, rtol=1e-4, atol=1e-5)
-    assert type(merged) is type(opened.pristine()) and not any(hasattr(m, "delta") or hasattr(m, "chosen") for m in merged.modules())
+        if catalogue.get("method", method).about.get("unmergeable"):
+            with pytest.raises(UserError, match="cannot be folded into plain weights"):
+                opened.merge()
+        else:
+            merged = opened.merge()
+            torch.testing.assert_close(answers(opened.task.outputs(merged, batch)), wanted, rtol=1e-4, atol=1e-5)
+            assert type(merged) is type(opened.pristine())
+            assert not any(hasattr(m, "delta") or hasattr(m, "chosen") for m in merged.modules())
     saved = sum(f.stat().st_size for f in (tmp_path / "tuned").iterdir())
     whole = 4 * sum(p.numel() for p in opened.model.parameters())
     share = sum(p.numel() for p in run.trainable().values()) / sum(p.numel() for p in opened.model.parameters())
@@ -158,7 +148,7 @@ def test_is_no_other_method_by_a_new_name(method: str, twenty: Any) -> None:
 
 @pytest.fixture(scope="module")
 def twenty() -> Any:
-    """Merged weights after 20 small updates at equal rate, batch and seed, made once a method."""
+    """Weights, merged where that can be, after 20 small updates at equal rate, batch and seed, made once a method."""
     made: dict[str, dict[str, torch.Tensor]] = {}
 
     def get(method: str) -> dict[str, torch.Tensor]:
@@ -169,8 +159,8 @@ def twenty() -> Any:
             run.stack.drive(run, run.fit)
             run.model.eval()
             run.stack.finish(run)
-            model = run.model if (method, "merge") in EXEMPT else run.merge()
-            made[method] = {n: p.detach().clone() for n, p in model.named_parameters()}
+            plain = run.model if catalogue.get("method", method).about.get("unmergeable") else run.merge()
+            made[method] = {n: p.detach().clone() for n, p in plain.named_parameters()}
         return made[method]
 
     return get
@@ -182,7 +172,7 @@ def twenty() -> Any:
 )
 def test_runs_in_other_ways(method: str, how: str) -> None:
     applies(method, how)
-    if how.startswith("data.packing") and "causal-lm" not in domains(method):
+    if how.startswith("data.packing") and small(method) != SMALL:
         pytest.skip("packing is of texts")
     run = build(*words(method, how, "trainer.max_steps=2"))
     run.stack.drive(run, run.fit)
@@ -200,7 +190,7 @@ def test_every_pair_is_trained_or_refused_with_a_reason() -> None:
     refused = 0
     for a in METHODS:
         for b in METHODS:
-            if a == b or not domains(a) & domains(b):
+            if a == b or not small(a, b):
                 continue
             reason = stacking.pair(catalogue.get("method", a), catalogue.get("method", b))
             try:
