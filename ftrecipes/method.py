@@ -65,6 +65,9 @@ class Method:
     steps_with_optimizer: ClassVar[bool] = True
     """False when an owner of the step changes the weights itself."""
 
+    trains_fresh: ClassVar[bool] = True
+    """False when a new head keeps the numbers that it was drawn with."""
+
     def __init__(self, key: str, knobs: dict[str, Any]) -> None:
         self.key = key
         for name, value in knobs.items():

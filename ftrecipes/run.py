@@ -123,7 +123,7 @@ class Run:
         if extra and not any(p.role in extra or f"re:{p.role}" in extra for p in self.anatomy.parts):
             have = ", ".join(sorted({part.role for part in self.anatomy.parts}))
             raise UserError(f"model.also_train={extra}: no such role in {self.settings.model.name}; it has {have}")
-        for name in self.loaded.fresh:
+        for name in self.loaded.fresh if all(m.trains_fresh for m in self.stack) else ():
             self.model.get_parameter(name).requires_grad_(True)
         if self.precision.endswith("mixed"):  # without autocast, mixed dtypes would not multiply
             for parameter in self.model.parameters():
