@@ -13,9 +13,9 @@ def svd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Thin SVD W = U diag(s) V^T of a (rows x cols) weight in float32 or better: U (rows, n), s (n,), V (cols, n).
 
-    The largest entry of every u_i is positive. `rank` keeps the first triplets; with `iterations` they come from a
-    randomized SVD over twice as many directions with so many power iterations, drawn with `rng`. On the meta device only
-    shapes are real.
+    The largest entry of every u_i is positive. `rank` keeps the first triplets; with `iterations` (not 0) they come from
+    a randomized SVD over twice as many directions with so many power iterations, drawn with `rng`. On the meta device
+    only shapes are real.
     """
     n = min(weight.shape) if rank is None else min(rank, *weight.shape)
     if weight.is_meta:
@@ -23,7 +23,7 @@ def svd(
         u, s, v = (torch.empty(shape, device="meta") for shape in empty)
         return u, s, v
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    if iterations is None:
+    if not iterations:
         U, s, Vh = torch.linalg.svd(wide, full_matrices=False)
         V = Vh.T
     else:
