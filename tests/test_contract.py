@@ -29,6 +29,7 @@ KNOBS: dict[str, list[str]] = {
 EXEMPT: dict[tuple[str, str], str] = {
     **{(m, "events"): "the mechanism is the added module itself" for m in ("lora", "dora", "svft")},
     **{(m, "events"): "a baseline without a mechanism of its own" for m in ("full", "linear_probe")},
+    ("eva", "count"): "the data decide how a budget of ranks is shared by weights of different sizes; a plan shares it evenly",
 }
 
 
@@ -70,7 +71,8 @@ def test_a_paper_has_a_proof_and_a_mutation(method: str) -> None:
 def test_frozen_stays_trained_moves_and_counts_are_as_planned(method: str) -> None:
     run = build(*words(method))
     planned = plan(compose(words(method)))
-    assert planned.trainable == sum(p.numel() for p in run.trainable().values())
+    if (method, "count") not in EXEMPT:
+        assert planned.trainable == sum(p.numel() for p in run.trainable().values())
     before = weights(run)
     run.stack.drive(run, run.fit)
     run.stack.finish(run)
