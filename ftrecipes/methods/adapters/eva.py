@@ -37,6 +37,10 @@ class Components:
     turned: (k,) cosine of each direction with what it was before the last batch. mean, var: (features,), float64.
     """
 
+    s: Tensor
+    mean: Tensor
+    var: Tensor
+
     def __init__(self, k: int) -> None:
         self.k, self.seen = k, 0
         self.V: Tensor | None = None
