@@ -12,6 +12,7 @@ from tools import SMALL, build, check_resume, train
 
 from ftrecipes import export
 from ftrecipes.errors import UserError
+from ftrecipes.methods.adapters import lora_ga
 from ftrecipes.methods.adapters.calibrate import mean_gradients
 from ftrecipes.run import Run
 
@@ -133,6 +134,20 @@ def test_the_gradient_pass_is_autograd_s_and_leaves_nothing_behind():
     sum(language_loss(model, batch) for batch in batches).div(3).backward()
     for part in parts:
         close(found[part.name], model.get_parameter(f"{part.name}.weight").grad, part.name)
+
+
+def test_the_gradient_pass_recomputes_activations_where_training_does(monkeypatch):
+    seen = []
+
+    def look(run, *args, **kwargs):
+        seen.append(run.model.is_gradient_checkpointing)
+        return mean_gradients(run, *args, **kwargs)
+
+    monkeypatch.setattr(lora_ga, "mean_gradients", look)
+    plain, spared = small(), small("hardware.checkpointing=true")
+    assert seen == [False, True]
+    for name, delta in adapter(plain).deltas.items():
+        torch.testing.assert_close(adapter(spared).deltas[name].B @ adapter(spared).deltas[name].A, delta.B @ delta.A, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize(
