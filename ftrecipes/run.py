@@ -116,6 +116,11 @@ class Run:
 
     def prepare(self, structure: dict[str, Any] | None = None) -> None:
         """Let the methods build themselves; afterwards what trains is fixed."""
+        if self.settings.hardware.checkpointing:  # first, so that what methods look at before training is as bounded as training
+            enable = getattr(self.model, "activation_checkpointing_enable", None) or self.model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})  # type: ignore[operator]
+            if hasattr(self.model, "enable_input_require_grads"):
+                self.model.enable_input_require_grads()  # type: ignore[operator]
         self.stack.prepare(self, structure)
         extra = list(self.settings.model.also_train)
         for part in self.anatomy.select(extra) if extra else []:
@@ -133,11 +138,6 @@ class Run:
         if not self._trainable:
             raise UserError(f"nothing trains: {', '.join(m.key for m in self.stack)} left every weight frozen")
         self.touched |= set(self._trainable) & self.base_names
-        if self.settings.hardware.checkpointing:
-            enable = getattr(self.model, "activation_checkpointing_enable", None) or self.model.gradient_checkpointing_enable
-            enable({"use_reentrant": False})  # type: ignore[operator]
-            if hasattr(self.model, "enable_input_require_grads"):
-                self.model.enable_input_require_grads()  # type: ignore[operator]
 
     def load_data(self) -> None:
         """The splits of the data set, encoded; what was skipped or cut is remembered as a note."""

@@ -34,6 +34,7 @@ EXEMPT: dict[tuple[str, str], str] = {
     ("oft", "events"): "projections are counted where coft asks for them; else the mechanism is the added module itself",
     ("taft", "merge"): "the expansion of a model in its weights is no model of its kind",
     ("taft", "hardware.checkpointing=true"): "refused: what is computed anew would lack the tangents",
+    ("eva", "count"): "the data decide how a budget of ranks is shared by weights of different sizes; a plan shares it evenly",
 }
 
 
@@ -93,7 +94,8 @@ def test_a_paper_has_a_proof_and_a_mutation(method: str) -> None:
 def test_frozen_stays_trained_moves_and_counts_are_as_planned(method: str) -> None:
     run = build(*words(method))
     planned = plan(compose(words(method)))
-    assert planned.trainable == sum(p.numel() for p in run.trainable().values())
+    if (method, "count") not in EXEMPT:
+        assert planned.trainable == sum(p.numel() for p in run.trainable().values())
     before = weights(run)
     run.stack.drive(run, run.fit)
     run.stack.finish(run)

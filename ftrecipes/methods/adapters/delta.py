@@ -229,8 +229,8 @@ class DeltaMethod(Method):
     def structure(self) -> dict[str, Any]:
         return {"deltas": {n: {"strength": d.strength, **d.structure()} for n, d in self.deltas.items()}}
 
-    def attach(self, run: Run, part: Part, saved: dict[str, Any] | None = None) -> None:
-        """Put a delta on a part; `saved` is its structure when it is rebuilt."""
+    def check(self, part: Part) -> None:
+        """Refuse a part that cannot carry a delta of this method."""
         module = part.module
         if not isinstance(module, self.kinds):
             raise UserError(f"{self.key} cannot act on {part.name} ({type(module).__name__}); narrow {self.key}.targets")
@@ -238,6 +238,11 @@ class DeltaMethod(Method):
             raise UserError(f"{self.key}: {part.name} already carries a delta; two adapters cannot share a weight")
         if isinstance(module, CONVS) and module.groups > 1 and not self.grouped:
             raise UserError(f"{self.key}: {part.name} is a grouped convolution; narrow {self.key}.targets")
+
+    def attach(self, run: Run, part: Part, saved: dict[str, Any] | None = None) -> None:
+        """Put a delta on a part; `saved` is its structure when it is rebuilt."""
+        self.check(part)
+        module = part.module
         layer = Layer(part.name, module)
         delta = self.make(layer, lambda purpose: run.generator("init", part.name, purpose), saved)
         delta.strength = (saved or {}).get("strength", 1.0)
