@@ -208,10 +208,17 @@ class Run:
         """Count an event of a mechanism (a re-selection, a merge, a switch)."""
         self.events[event] = self.events.get(event, 0) + n
 
-    def gradients(self, window: Window, loss: Loss | None = None) -> Tensor:
-        """Fill `.grad` with the window's gradient; see Update.gradients."""
+    def gradients(self, window: Window, loss: Loss | None = None, *, report: bool = True) -> Tensor:
+        """Fill `.grad` with the window's gradient; see Update.gradients.
+
+        report: whether this pass is the one whose reported sums are logged (a pass at other weights is not).
+        """
+        kept = {} if report else dict(self._reported)
         self._reported.clear()
-        return self.update.gradients(window, loss)
+        total = self.update.gradients(window, loss)
+        if not report:
+            self._reported = kept
+        return total
 
     def loss(self, window: Window, loss: Loss | None = None) -> Tensor:
         """The window's loss without gradients; see Update.loss."""
