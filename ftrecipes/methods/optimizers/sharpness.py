@@ -36,6 +36,9 @@ class SharpnessAware(Method):
         """How far to go, not negative; asked when the gradient at theta is there."""
         raise NotImplementedError
 
+    def returned(self, run: Run) -> None:
+        """The weights are back where they were, the optimizer has not moved them yet."""
+
     def step(self, run: Run, window: Window) -> None:
         loss = run.gradients(window)
         run.log("loss", loss)
@@ -49,6 +52,7 @@ class SharpnessAware(Method):
             above = run.gradients(window, report=False)
         with torch.no_grad():
             torch._foreach_copy_(moving, before)
+        self.returned(run)
         run.log(f"{self.key}/rise", above - loss)
         run.count("ascents")
         run.stack.gradients(run, window)
