@@ -39,6 +39,9 @@ class SharpnessAware(Method):
     def returned(self, run: Run) -> None:
         """The weights are back where they were, the optimizer has not moved them yet."""
 
+    def holds(self, run: Run) -> dict[str, int]:
+        return {"copies": sum(p.numel() * p.element_size() for p in run.active().values())}
+
     def step(self, run: Run, window: Window) -> None:
         loss = run.gradients(window)
         run.log("loss", loss)

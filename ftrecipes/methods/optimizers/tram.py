@@ -166,6 +166,11 @@ class TRAM(SharpnessAware):
         torch._foreach_mul_(eps, radius / (norm + 1e-12))
         torch._foreach_add_(parameters, eps)
 
+    def holds(self, run: Run) -> dict[str, int]:
+        before = super().holds(run)["copies"]
+        target = 0 if self.variant == "x" else sum(p.numel() * p.element_size() for p in run.trainable().values())
+        return {"copies": before + target}
+
     # -- saving ---------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
