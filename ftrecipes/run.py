@@ -213,12 +213,23 @@ class Run:
 
         report: whether this pass is the one whose reported sums are logged (a pass at other weights is not).
         """
+        with self._reporting(report):
+            return self.update.gradients(window, loss)
+
+    def hessian_product(
+        self, window: Window, vector: Sequence[Tensor], loss: Loss | None = None, *, report: bool = True
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The loss and the product of its Hessian with a vector; fills `.grad` as well; see Update.hessian_product."""
+        with self._reporting(report):
+            return self.update.hessian_product(window, vector, loss)
+
+    @contextmanager
+    def _reporting(self, report: bool) -> Iterator[None]:
         kept = {} if report else dict(self._reported)
         self._reported.clear()
-        total = self.update.gradients(window, loss)
+        yield
         if not report:
             self._reported = kept
-        return total
 
     def loss(self, window: Window, loss: Loss | None = None) -> Tensor:
         """The window's loss without gradients; see Update.loss."""
