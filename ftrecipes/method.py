@@ -114,6 +114,10 @@ class Method:
         """Options of one trainable parameter: `lr_scale` (a factor) and `weight_decay`."""
         return {}
 
+    def holds(self, run: Run) -> dict[str, int]:
+        """Bytes that the method keeps during an update, by kind, for plans: `optimizer` where it builds its own, `copies`, …"""
+        return {}
+
     # -- saving ---------------------------------------------------------------------------------------------------
 
     def structure(self) -> dict[str, Any]:

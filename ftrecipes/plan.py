@@ -130,6 +130,9 @@ def plan(settings: Settings) -> Plan:
         "optimizer": int(states * active),
         "activations": max(0, trace - gradients),
     }
+    for method in run.stack:
+        for kind, size in method.holds(run).items():
+            memory[kind] = size if kind == "optimizer" else memory.get(kind, 0) + size
     roles: dict[str, tuple[int, int]] = {}
     names = {part.name: part.role for part in run.anatomy.parts}
     for name, parameter in total.items():

@@ -208,10 +208,28 @@ class Run:
         """Count an event of a mechanism (a re-selection, a merge, a switch)."""
         self.events[event] = self.events.get(event, 0) + n
 
-    def gradients(self, window: Window, loss: Loss | None = None) -> Tensor:
-        """Fill `.grad` with the window's gradient; see Update.gradients."""
+    def gradients(self, window: Window, loss: Loss | None = None, *, report: bool = True) -> Tensor:
+        """Fill `.grad` with the window's gradient; see Update.gradients.
+
+        report: whether this pass is the one whose reported sums are logged (a pass at other weights is not).
+        """
+        with self._reporting(report):
+            return self.update.gradients(window, loss)
+
+    def hessian_product(
+        self, window: Window, vector: Sequence[Tensor], loss: Loss | None = None, *, report: bool = True
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The loss and the product of its Hessian with a vector; fills `.grad` as well; see Update.hessian_product."""
+        with self._reporting(report):
+            return self.update.hessian_product(window, vector, loss)
+
+    @contextmanager
+    def _reporting(self, report: bool) -> Iterator[None]:
+        kept = {} if report else dict(self._reported)
         self._reported.clear()
-        return self.update.gradients(window, loss)
+        yield
+        if not report:
+            self._reported = kept
 
     def loss(self, window: Window, loss: Loss | None = None) -> Tensor:
         """The window's loss without gradients; see Update.loss."""
