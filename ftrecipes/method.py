@@ -34,7 +34,7 @@ from ftrecipes.errors import UserError
 if TYPE_CHECKING:
     from ftrecipes.anatomy import Part
     from ftrecipes.run import Run
-    from ftrecipes.tasks.base import Batch, Outputs
+    from ftrecipes.tasks.base import Batch, Outputs, Task
     from ftrecipes.update import Window
 
 POINTS = [
@@ -77,6 +77,9 @@ class Method:
 
     def __repr__(self) -> str:
         return f"<{self.key}>"
+
+    def set_up(self, task: Task) -> None:
+        """Say what the loss counts (`task.unit`) and compares (`task.alternatives`), before data is read."""
 
     # -- the points -----------------------------------------------------------------------------------------------
 

@@ -48,6 +48,7 @@ class Run:
     model, task, anatomy: the model, what its domain says, its parts by role. data: Datasets by split.
     step: updates done, over all fits. fit_step, fit_steps: those of the current fit.
     rounding: the largest change that rounding to a weight's dtype made when a delta was folded into it.
+    held: further models that stay in memory.
     """
 
     def __init__(self, settings: Settings, record: Record | None = None, console: Console | None = None) -> None:
@@ -72,6 +73,7 @@ class Run:
         self.journal: dict[str, Any] = {}
         self.touched: set[str] = set()
         self.base_names: set[str] = set()
+        self.held: list[nn.Module] = []
         self.rounding = 0.0
         self.stopping: str | None = None
         self.remarks: list[str] = []
@@ -106,6 +108,8 @@ class Run:
         if self.settings.model.adapter and not meta:
             self.loaded = adapter.apply(self.loaded, Path(self.settings.model.adapter).expanduser())
         self.model, self.task = self.loaded.model, self.loaded.task
+        for method in self.stack:
+            method.set_up(self.task)
         if not meta:
             self.model.to(self.device)
             self.task.check(self.model)
@@ -139,12 +143,16 @@ class Run:
             raise UserError(f"nothing trains: {', '.join(m.key for m in self.stack)} left every weight frozen")
         self.touched |= set(self._trainable) & self.base_names
 
-    def load_data(self) -> None:
-        """The splits of the data set, encoded; what was skipped or cut is remembered as a note."""
+    def load_data(self, *, select: bool = True) -> None:
+        """The splits of the data set, encoded; what was skipped or cut is remembered as a note.
+
+        select: let the methods choose from the training data, which nobody needs who does not train.
+        """
         raw = data_sets.splits(self.settings)
         trainer = self.settings.trainer
         self.data = data_sets.datasets(raw, self.task, overfit=trainer.overfit, evaluate=trainer.eval_examples)
         self.retain_name = raw.retain_name
+        self.task.target = raw.target or self.task.target
         self.data_notes = list(raw.notes)
         if self.once("data", lambda: raw.fingerprint) != raw.fingerprint:
             raise UserError(f"data {self.settings.data.name}: it changed since this run began; start a new run")
@@ -152,7 +160,7 @@ class Run:
             if len(dataset) or name == "train":
                 dataset.prepare()
             self.data_notes += dataset.notes
-        for method in self.stack.at("data"):
+        for method in self.stack.at("data") if select else ():
             chosen = self.once(f"data:{method.key}", lambda m=method: self._select(m))  # type: ignore[misc]
             self.data["train"].keep = list(chosen["keep"])
             weight = chosen["weight"]
@@ -170,6 +178,11 @@ class Run:
     def trainable(self) -> dict[str, nn.Parameter]:
         """All parameters that train in this run, by name; some may be switched off for the moment."""
         return self._trainable
+
+    @property
+    def budget(self) -> int:
+        """Model positions of an automatic micro-batch."""
+        return TOKENS_GPU if self.device.type == "cuda" else TOKENS_CPU
 
     def active(self) -> dict[str, nn.Parameter]:
         """The trainable parameters that are switched on now."""
@@ -240,6 +253,7 @@ class Run:
         """The window of an update: the next `trainer.batch` examples of the shuffled stream, as micro-batches."""
         dataset = dataset or self.data["train"]
         size = batch or self.settings.trainer.batch
+        dataset.epoch = step * size // len(dataset.keep)
         places = order(len(dataset.keep), self.seed, step * size, size)
         return self.window_of(dataset, [dataset.keep[i] for i in places])
 
@@ -249,13 +263,13 @@ class Run:
         units = float(dataset.task.units([dataset[i] for i in positions]))
         mine = list(positions[world.rank :: world.size])
         micro = self.settings.hardware.micro_batch
-        budget = TOKENS_GPU if self.device.type == "cuda" else TOKENS_CPU
-        splits = micro_batches(dataset, mine, examples=None if micro == "auto" else int(micro), budget=budget)
+        splits = micro_batches(dataset, mine, examples=None if micro == "auto" else int(micro), budget=self.budget)
         return Window([dataset.batch(split) for split in splits], units)
 
     def move(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A batch on the run's device."""
-        return {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        moved = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        return moved | {k: self.move(v) for k, v in batch.items() if isinstance(v, dict)}
 
     def calibration(self, examples: int, *, batch: int | None = None) -> Iterator[dict[str, Any]]:
         """The first examples of a shuffled pass over the training data, as batches on the device."""
@@ -283,9 +297,8 @@ class Run:
         if not len(dataset):
             return {}
         sums: dict[str, Tensor] = {}
-        budget = 4 * (TOKENS_GPU if self.device.type == "cuda" else TOKENS_CPU)
         with self.evaluating():
-            for positions in micro_batches(dataset, dataset.keep, examples=None, budget=budget):
+            for positions in micro_batches(dataset, dataset.keep, examples=None, budget=4 * self.budget):
                 for name, pair in self.task.measure(self.model, self.move(dataset.batch(positions))).items():
                     sums[name] = sums[name] + pair.double() if name in sums else pair.double()
             out = {name: float(pair[0] / pair[1]) for name, pair in sums.items()}
@@ -296,6 +309,12 @@ class Run:
     def pristine(self) -> nn.Module:
         """The model as it was loaded, a second one on the CPU; costs its memory as long as it is held."""
         return self.loaded.pristine()
+
+    def hold(self, model: nn.Module) -> nn.Module:
+        """Keep a further model on the run's device, frozen and in eval mode; plans count it."""
+        model.requires_grad_(False).eval()
+        self.held.append(model if next(model.parameters()).is_meta else model.to(self.device))
+        return self.held[-1]
 
     def forget(self, parameters: Sequence[nn.Parameter]) -> None:
         """Drop the optimizer's state of these parameters."""
@@ -669,7 +688,7 @@ class Run:
         tuned = load_tuned(record)
         if data:
             run.journal["data"] = info["data"]
-            run.load_data()
+            run.load_data(select=False)
         run.prepare(tuned["structure"])
         run.touched |= set(tuned["weights"]) & run.base_names
         run.load_weights(tuned["weights"])

@@ -9,6 +9,7 @@ What a method's `about:` block says for it:
     whole:     true when it needs all weights to be trainable (an activity schedule over full weights)
     gradients: false when its step computes no gradients
     nests:     true when its drive can run inside another one
+    pairs:     true when it learns from chosen and rejected answers; of a data set: whether it has them
 """
 
 from __future__ import annotations
@@ -52,6 +53,14 @@ def check(settings: Settings) -> None:
             f"data {settings.data.name} is for {', '.join(data_domains)}, and model {settings.model.name} is {domain}; "
             f"choose data for it (ftr ls data)"
         )
+    data = settings.entry("data")
+    for method in methods:
+        if method.about.get("pairs") and not data.about.get("pairs"):
+            have = ", ".join(name for name, entry in catalogue.entries("data").items() if entry.about.get("pairs") is True)
+            raise UserError(
+                f"{method.name} learns from chosen and rejected answers, and data {data.name} has none; "
+                f"use data={have}, or data=file with columns prompt, chosen, rejected"
+            )
     for a, b in combinations(methods, 2):
         if reason := pair(a, b, settings):
             raise UserError(f"{a.name} and {b.name} cannot stack: {reason}")
@@ -99,6 +108,8 @@ def _clash(a: Entry, b: Entry, settings: Settings | None) -> str | None:
         return f"{a.name} computes no gradients, {b.name} acts on them"
     if a.about.get("gradients") is False and _at(b, "optimizer"):
         return f"{a.name} updates the weights itself, {b.name} brings an optimizer"
+    if _at(a, "loss") and _at(b, "weights"):
+        return f"{a.name} replaces the loss, so the weights that {b.name} gives to tokens or examples would be lost"
     reason = (a.about.get("excludes") or {}).get(b.name)
     return str(reason) if reason else None
 

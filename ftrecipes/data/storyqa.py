@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ftrecipes.data import stories
@@ -32,9 +33,18 @@ HELD_OUT = Stream("heldout", 200)
 
 def build(knobs: dict[str, Any], domain: str) -> Splits:
     """Questions by split, none in two of them; stories of the pretraining domain are what may be forgotten."""
+    return _splits(stories.question, "storyqa", knobs["size"])
+
+
+def pairs(knobs: dict[str, Any], domain: str) -> Splits:
+    """The same with a wrong answer beside each right one."""
+    return replace(_splits(stories.pair, "storypairs", knobs["size"]), target="preference")
+
+
+def _splits(make: Callable[[random.Random], Example], seed: str, size: int) -> Splits:
     seen: set[str] = set()
-    sizes = {"test": 500, "validation": 500, "train": knobs["size"]}  # train last: test never depends on its size
-    splits = {name: list(itertools.islice(stories.unique(stories.question, f"storyqa/{name}", seen), size)) for name, size in sizes.items()}
+    sizes = {"test": 500, "validation": 500, "train": size}  # train last: test never depends on its size
+    splits = {name: list(itertools.islice(stories.unique(make, f"{seed}/{name}", seen), n)) for name, n in sizes.items()}
     return Splits(splits["train"], splits["validation"], splits["test"], HELD_OUT, "stories")
 
 

@@ -165,6 +165,8 @@ class Delta(nn.Module):
 
     def apply_to(self, x: Tensor, y: Tensor) -> Tensor:
         """The module's output with the delta at its strength, in the module's dtype and layout."""
+        if self.strength == 0.0:
+            return y
         last = self.layer.last(y)
         new = self(x.to(y.dtype) if x.is_floating_point() else x, last).to(y.dtype)
         if self.strength != 1.0:
