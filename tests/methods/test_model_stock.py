@@ -158,7 +158,14 @@ def test_periodic_sets_all_copies_to_the_merge_and_keeps_the_first_anchor(monkey
 
 def test_each_copy_keeps_its_optimizer_and_the_schedule_goes_on() -> None:
     """Periods of one copy are one training: with merges that change nothing it is the plain run."""
-    words = ("model=toy", "model.kind=two_layer", "optimizer.lr=1e-2", "optimizer.weight_decay=0.01", "schedule=cosine", "schedule.warmup=3")
+    words = (
+        "model=toy",
+        "model.kind=two_layer",
+        "optimizer.lr=1e-2",
+        "optimizer.weight_decay=0.01",
+        "schedule=cosine",
+        "schedule.warmup=3",
+    )
     words = (*words, "trainer.batch=16")
     plain = build("method=full", *words, "trainer.max_steps=9")
     plain.model.train()

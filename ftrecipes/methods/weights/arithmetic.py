@@ -173,18 +173,18 @@ def movable(run: Run) -> dict[str, Tensor]:
 @torch.no_grad()
 def fill(run: Run, names: Iterable[str], value: Callable[[str], Tensor]) -> None:
     """Put value(name) into the base weights of these names; deltas of the stack add nothing any more."""
-    for module in run.model.modules():
-        if isinstance(module, Delta):
-            module.strength = 0.0
+    for delta in run.model.modules():
+        if isinstance(delta, Delta):
+            delta.strength = 0.0
     parameters = dict(run.model.named_parameters())
     here: dict[str, Tensor] = {**dict(run.model.named_buffers()), **parameters}
     for name in names:
         here[name].copy_(value(name))
         if name in parameters:
             run.touch(name)
-    for module in run.model.modules():
-        if hasattr(module, "chosen"):  # its chosen values are what the next forward pass writes
-            module.chosen.values.copy_(module.weight.reshape(-1)[module.chosen.index])
+    sparse: list[Any] = [module for module in run.model.modules() if hasattr(module, "chosen")]
+    for module in sparse:  # their chosen values are what the next forward pass writes
+        module.chosen.values.copy_(module.weight.reshape(-1)[module.chosen.index])
 
 
 @contextmanager
