@@ -583,7 +583,8 @@ class Run:
     def _samples(self) -> list[dict[str, str]]:
         """The first test examples with what the model makes of them now."""
         test = self.data["test"]
-        samples = self.task.samples(self, [test.raw[i] for i in test.keep[: self.settings.trainer.samples]])
+        with self.evaluating():
+            samples = self.task.samples(self, [test.raw[i] for i in test.keep[: self.settings.trainer.samples]])
         return [{"prompt": s["prompt"], "wanted": s["wanted"], "now": s["answer"]} for s in samples]
 
     def _find_checkpoint(self) -> dict[str, Any] | None:

@@ -85,5 +85,8 @@ class Task:
         """Write what belongs beside the weights of a model (tokenizer, preprocessing), as the hub has it."""
 
     def samples(self, run: Run, examples: Sequence[Example]) -> list[dict[str, str]]:
-        """A few examples with the model's answers, for the eye; an empty list when there is nothing to show."""
+        """A few examples with the model's answers, for the eye; an empty list when there is nothing to show.
+
+        Called inside `run.evaluating()`.
+        """
         return []
