@@ -202,4 +202,5 @@ class SpectralDeTuning(Merging, DeltaMethod):
         size = run.settings.trainer.batch
         batches = [run.move(test.batch(list(test.keep[at : at + size]))) for at in range(0, len(test), size)]
         model.eval()
-        return torch.cat([run.task.losses(run.task.outputs(model, b), b).float() for b in batches]) if batches else torch.zeros(0)
+        with run.evaluating():
+            return torch.cat([run.task.losses(run.task.outputs(model, b), b).float() for b in batches]) if batches else torch.zeros(0)
