@@ -68,6 +68,7 @@ class Run:
         self.update: Update = None  # type: ignore[assignment]
         self.step = self.fit_step = self.fit_steps = self.fit_index = 0
         self.fit_name = ""
+        self.within: tuple[int, int] | None = None
         self.rate = 0.0
         self.events: dict[str, int] = {}
         self.journal: dict[str, Any] = {}
@@ -142,6 +143,20 @@ class Run:
         if not self._trainable:
             raise UserError(f"nothing trains: {', '.join(m.key for m in self.stack)} left every weight frozen")
         self.touched |= set(self._trainable) & self.base_names
+
+    def restart(self) -> None:
+        """The run's model as it was before any update: loaded and prepared anew, one model in memory at a time.
+
+        Data, journal and the count of updates stay; for drives whose fits begin at one start.
+        """
+        self.optimizer = None
+        self.model = self.loaded.model = None  # type: ignore[assignment]
+        self.loaded.model = self.loaded.pristine()
+        self.model = self.loaded.model.to(self.device)
+        self.anatomy = Anatomy(self.model, self.loaded.roles)
+        self.touched = set()
+        self.prepare()
+        self.model.train()
 
     def load_data(self, *, select: bool = True) -> None:
         """The splits of the data set, encoded; what was skipped or cut is remembered as a note.
@@ -345,7 +360,8 @@ class Run:
 
     def set_rate(self) -> None:
         """The learning rate of this update, by the schedule of the current fit."""
-        factor = optim.factor(self.settings.schedule, self.fit_step, self.fit_steps)
+        before, whole = self.within or (0, self.fit_steps)
+        factor = optim.factor(self.settings.schedule, before + self.fit_step, whole)
         self.rate = self.settings.optimizer.lr * factor
         for group in self.optimizer.param_groups if self.optimizer else []:
             group["lr"] = group["peak"] * factor
@@ -372,11 +388,19 @@ class Run:
         inside = {id(p) for _, block in self.anatomy.blocks for p in block.parameters()}
         return optim.build(knobs.name, built, knobs, lambda p: id(p) in inside)
 
-    def fit(self, steps: int | None = None, *, name: str | None = None) -> dict[str, Any]:
-        """Train for `steps` updates with a fresh optimizer and schedule; one that is finished returns its result at once."""
+    def begun(self, name: str) -> bool:
+        """Whether the fit of this name is finished, or is the one that a resumed run stands in."""
+        return f"fit:{name}" in self.journal or bool(self._resume and self._resume["fit"] == f"fit:{name}")
+
+    def fit(self, steps: int | None = None, *, name: str | None = None, within: tuple[int, int] | None = None) -> dict[str, Any]:
+        """Train for `steps` updates with a fresh optimizer and schedule; one that is finished returns its result at once.
+
+        within: the fit is a stretch of a longer schedule, (its updates before this fit, all of its updates).
+        """
         from ftrecipes.finetuner import train
 
         self.fit_index += 1
+        self.within = within
         key = f"fit:{name or self.fit_index}"
         if key in self.journal:
             return dict(self.journal[key])

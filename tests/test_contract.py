@@ -22,6 +22,7 @@ METHODS = sorted(catalogue.entries("method"))
 STEPS = ["trainer.max_steps=4", "hardware.micro_batch=3"]
 # Settings that let a mechanism show itself within four updates, by method.
 KNOBS: dict[str, list[str]] = {
+    "lines": ["method.lines.alpha=0.5"],  # on random weights nothing is forgotten, and the best point is the end
     "lift": ["method.lift.update_interval=2"],
     "lisa": ["method.lisa.interval=2", "method.lisa.gamma=1"],
     "periodic_lora": ["method.periodic_lora.stage_steps=2"],
@@ -102,7 +103,7 @@ def test_frozen_stays_trained_moves_and_counts_are_as_planned(method: str) -> No
     after = weights(run)
     trains = set(run.trainable())
     may_move = trains | run.touched | set().union(*(m.writes() for m in run.stack))
-    for name in before.keys() - may_move:
+    for name in (before.keys() & after.keys()) - may_move:  # adapters may be given up at the end
         assert after[name].equal(before[name]), f"{name} is frozen and moved"
     moved = [n for n in trains if n in before and not after[n].equal(before[n])]
     assert len(moved) >= 0.5 * len(trains), f"only {len(moved)} of {len(trains)} trainable tensors moved"
