@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftrecipes.errors import UserError
+from ftrecipes.record import Record
+from ftrecipes.stacking import check_mergeable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,6 +32,7 @@ def check(folder: Path) -> str:
     if (folder / "run.json").is_file():
         if not (folder / "tuned").is_dir():
             raise UserError(f"{where}: this run is not finished; go on with it by resume={folder}")
+        check_mergeable(Record(folder).info.get("methods", []))
         return "run"
     if (folder / "adapter_config.json").is_file():
         if not (folder / "adapter_model.safetensors").is_file():
