@@ -17,7 +17,7 @@ import typer
 import yaml
 from safetensors import SafetensorError
 
-from ftrecipes import __version__
+from ftrecipes import __version__, catalogue
 from ftrecipes.errors import RunFailed, UserError, nearest
 from ftrecipes.record import Record, new_folder
 from ftrecipes.stacking import check_mergeable
@@ -123,6 +123,8 @@ def _peft(run: Run, folder: Path, rank: int | None, run_folder: str) -> None:
         return
     adapters = [m for m in run.stack if isinstance(m, DeltaMethod)]
     others = [m.key for m in run.stack if m not in adapters and (overrides(m, "structure") or not adapters)]
+    if others and (reason := catalogue.get("method", others[0]).about.get("unmergeable")):
+        raise UserError(f"{run_folder}: peft has no form for {others[0]}: {reason}")
     if others:
         raise UserError(f"{run_folder}: {others[0]} changes the weights themselves, which no adapter holds; use --to hf")
     _check_base(run, run_folder)

@@ -100,7 +100,7 @@ def test_reloads_and_merges_to_equal_outputs(method: str, tmp_path: Path) -> Non
             merged = opened.merge()
             torch.testing.assert_close(opened.task.outputs(merged, batch).logps, wanted, rtol=1e-4, atol=1e-5)
             assert type(merged).__name__ == "LlamaForCausalLM"
-            assert not any(hasattr(m, what) for m in merged.modules() for what in ("delta", "chosen", "insert"))
+            assert not any(hasattr(m, what) for m in merged.modules() for what in ("delta", "chosen", "inserted"))
     saved = sum(f.stat().st_size for f in (tmp_path / "tuned").iterdir())
     whole = 4 * sum(p.numel() for p in opened.model.parameters())
     share = sum(p.numel() for p in run.trainable().values()) / sum(p.numel() for p in opened.model.parameters())
