@@ -53,9 +53,9 @@ def test_the_count_is_that_of_the_official_code(model: str, depth: int, d: int, 
     run = Run(compose(["method=ssf", f"model={model}"]))
     run.load_model(meta=True)
     run.prepare()
-    ours = [p for name, p in run.trainable().items() if ".insert." in name]
+    ours = [p for name, p in run.trainable().items() if ".inserted." in name]
     assert sum(p.numel() for p in ours) == depth * 22 * d + 4 * d == count
-    head = {name for name in run.trainable() if ".insert." not in name}
+    head = {name for name in run.trainable() if ".inserted." not in name}
     assert head == (run.loaded.fresh if model == "vit-b16" else set())  # a head for new classes trains
 
 
@@ -208,7 +208,7 @@ def test_merged_is_equal_in_every_kind_of_layer(kind: str) -> None:
         merged = run.merge()
         torch.testing.assert_close(merged(x), wanted, rtol=1e-5, atol=1e-5)
     start = run.pristine()
-    assert type(merged.middle) is type(start.middle) and not hasattr(merged.middle, "insert")
+    assert type(merged.middle) is type(start.middle) and not hasattr(merged.middle, "inserted")
     assert all(now.shape == before.shape for now, before in zip(merged.parameters(), start.parameters(), strict=False))
 
 

@@ -6,7 +6,7 @@ that names it. In `Insert`:
     __init__(place, method, rng)   make parameters from the place's widths (place.rows outputs, place.cols inputs) and the knobs
     enter(x)                       what the module at the place is given instead of x
     forward(x, y)                  what becomes of its output y; x is what it was given
-    fold(place)                    write the insert into the module's weights; left out where no weight can hold it
+    fold(run)                      write the insert into the module's weights; left out where no weight can hold it
 
 A place is a part by role, so `o` is the end of the attention sub-layer and `down` that of the feed-forward one, before the
 residual sum; `up` (or `q`) is where they begin. What stands beside a sub-layer reads the input of its first part through
@@ -19,28 +19,33 @@ room for one.
 
 **In front of the sequence.** `SequenceMethod` has two tools, both for models of transformers:
 
-    self.prompts(run, prompt)          `prompt.vectors()` (n, d) stand before the embedded tokens of every sequence
-    self.prefixes(run, prefix)         `prefix.of(layer)` gives keys and values (heads, n, head width) that every query of
-                                       self-attention can read; no token is added
+    self.prompts(run, Prompt(table))       n vectors (n, d) stand before the embedded tokens of every sequence
+    self.prefixes(run, Prefix(table, …))   n keys and values a layer, which every query of self-attention can read
 
-Callers see neither: outputs have the tokens' length, positions count on behind the n vectors (`shift=False` leaves them),
-padding masks grow by n columns, packed examples each get their own vectors and do not see each other's, and a generation
-cache holds prompts like tokens and prefixes not at all. Prefixes enter at transformers' attention interface, so they work
-under checkpointing and with any mask.
+A subclass of `Prompt` or `Prefix` computes them where they are no plain table. Callers see neither: outputs have the
+tokens' length, a decoder's positions count on behind the n vectors (a prefix with `shift=False` leaves them), padding
+masks grow by n columns, packed examples get the vectors each for itself and do not see one another, and a generation cache
+holds prompts like tokens and prefixes not at all. Prefixes enter at transformers' attention interface, so they work under
+checkpointing and with any mask.
 
-Nothing in a method's YAML needs to say more, but `unmergeable: <why>` where the weights cannot hold the result: merge,
-export and `model.adapter=` then refuse with that reason. `peft(run)` returns what peft can hold. The base stays bit-equal;
-trainable numbers are float32 (float64 for a float64 base) and act in the dtype of the activations.
+A method that the weights cannot hold says why in its YAML, `unmergeable: <why>`, and merge, export and `model.adapter=`
+refuse with that; `peft(run)` returns what peft can hold. The base stays bit-equal; trainable numbers are float32
+(float64 for a float64 base) and act in the dtype of the activations.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+from transformers.utils.import_utils import is_tracing
 
 from ftrecipes.errors import UserError
 from ftrecipes.method import Method, parts_of
@@ -192,10 +197,10 @@ def gain_offset(module: nn.Module) -> float:
 class _Placed:
     """Mixed into the class of a module that an insert stands at; its weights keep their names."""
 
-    insert: Insert
+    inserted: Insert
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        insert, strength = self.insert, self.insert.strength
+        insert, strength = self.inserted, self.inserted.strength
         given = insert.enter(x) if strength else x
         if given is not x:
             x = torch.lerp(x, given, strength) if strength != 1.0 else given
@@ -245,11 +250,11 @@ class InsertMethod(Method):
     def put(self, run: Run, part: Part, insert: Insert) -> None:
         """Let an insert stand at a part."""
         module = part.module
-        if any(hasattr(module, name) for name in ("insert", "delta", "chosen")):
+        if any(hasattr(module, name) for name in ("inserted", "delta", "chosen")):
             raise UserError(f"{self.key}: {part.name} already carries what another method put there; narrow {self.key}.targets")
         self.inserts[part.name] = insert
         mixed(_Placed, module)
-        module.insert = insert
+        module.inserted = insert
         run.count("places")
 
     def structure(self) -> dict[str, Any]:
@@ -266,7 +271,7 @@ class InsertMethod(Method):
         for insert in self.inserts.values():
             module = insert.layer.module
             module.__class__ = type(module).__mro__[2]
-            del module.insert
+            del module.inserted
             insert.fold(run)
         self.inserts = {}
 
@@ -315,3 +320,230 @@ def make_room(run: Run, key: str, needy: set[str]) -> None:
                 rows = weight.shape[1] if type(module).__name__ == "Conv1D" else weight.shape[0]
                 module.bias = nn.Parameter(torch.zeros(rows, dtype=weight.dtype, device=weight.device), requires_grad=False)
                 run.base_names.add(f"{name}.bias")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# in front of the sequence
+
+
+class Prompt(nn.Module):
+    """n vectors that stand before the embedded tokens of every sequence; a subclass may compute them."""
+
+    def __init__(self, table: nn.Parameter) -> None:
+        super().__init__()
+        self.table = table
+
+    def vectors(self) -> Tensor:
+        """(n, d), in the dtype of the parameters."""
+        return self.table
+
+    def lay(self, tokens: Tensor, position: Tensor | None, packed: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Rows with the vectors in them, their positions, and where the tokens stand now.
+
+        tokens: (B, L, d). position: (B, L), None where the model counts itself. packed: rows may hold several sequences,
+        each of which begins where positions do not count on, and gets vectors of its own. The places of the tokens are
+        (B, L), or None when they are simply the last L.
+        """
+        vectors = self.vectors().to(tokens.dtype)
+        n, (B, L, d) = len(vectors), tokens.shape
+        count = torch.arange(n, device=tokens.device)
+        begins = None
+        if packed and position is not None and not is_tracing(position):
+            position = position.expand(B, -1)
+            begins = torch.ones_like(position, dtype=torch.bool)
+            begins[:, 1:] = position.diff(dim=1) != 1
+        if begins is None or not begins[:, 1:].any():
+            rows = torch.cat([vectors.expand(B, n, d), tokens], 1)
+            if position is not None:
+                position = torch.cat([count.expand(position.shape[0], n), position + n], 1)
+            return rows, position, None
+        assert position is not None
+        ordinal = begins.cumsum(1)
+        place = torch.arange(L, device=tokens.device) + n * ordinal
+        width = L + n * int(ordinal[:, -1].max())
+        row, at = begins.nonzero(as_tuple=True)
+        front = (row[:, None], place[row, at][:, None] - n + count)  # (sequences, n)
+        rows = tokens.new_zeros(B, width, d).scatter(1, place[..., None].expand(B, L, d), tokens)
+        rows = rows.index_put(front, vectors.expand(len(row), n, d))
+        positions = torch.arange(width, device=tokens.device).repeat(B, 1).scatter(1, place, position + n)
+        return rows, positions.index_put(front, position[row, at][:, None] + count), place
+
+
+class _Prompted:
+    """Mixed into the class of a decoder whose sequences have a prompt; callers see the tokens alone."""
+
+    prompt: Prompt
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        n = len(self.prompt.vectors())
+        if attention_mask is not None:
+            attention_mask = _widened(attention_mask, n)
+        given = {"attention_mask": attention_mask, "past_key_values": past_key_values, **kwargs}
+        if past_key_values is not None and past_key_values.get_seq_length():  # the prompt is in the cache
+            position_ids = None if position_ids is None else position_ids + n
+            return super().forward(input_ids=input_ids, inputs_embeds=inputs_embeds, position_ids=position_ids, **given)  # type: ignore[misc]
+        tokens = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds  # type: ignore[attr-defined]
+        rows, position_ids, place = self.prompt.lay(tokens, position_ids, packed=attention_mask is None and past_key_values is None)
+        out = super().forward(inputs_embeds=rows, position_ids=position_ids, **given)  # type: ignore[misc]
+        hidden = out.last_hidden_state
+        out.last_hidden_state = hidden[:, n:] if place is None else hidden.gather(1, place[..., None].expand(-1, -1, hidden.shape[-1]))
+        return out
+
+
+class _Shifted:
+    """Mixed into the class of a decoder whose positions begin behind a prefix that no token stands for."""
+
+    behind: int
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        if position_ids is None and tokens is not None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(tokens.shape[1], device=tokens.device)[None] + past
+        given = {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds, **kwargs}
+        return super().forward(input_ids=input_ids, position_ids=position_ids + self.behind, **given)  # type: ignore[misc, operator]
+
+
+def _widened(mask: Tensor, n: int) -> Tensor:
+    """A padding mask (B, L) with n columns in front that count."""
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        raise UserError("a prompt needs a padding mask of (batch, length); caches of a fixed size prepare another")
+    return F.pad(mask, (n, 0), value=1)
+
+
+class Prefix(nn.Module):
+    """Keys and values that every query of some layers' self-attention can read.
+
+    heads, width: of the keys. A column of the table (n x layers * 2 * heads * width) is ((2 layer + s) heads + head) width
+    + entry, with s = 0 for keys and 1 for values; a subclass may compute the table.
+    """
+
+    def __init__(self, table: nn.Parameter, heads: int, width: int) -> None:
+        super().__init__()
+        self.table = table
+        self.heads, self.width = heads, width
+
+    def numbers(self, layer: int) -> Tensor:
+        """A layer's columns of the table (n, 2 * heads * width)."""
+        size = 2 * self.heads * self.width
+        return self.table[:, layer * size : (layer + 1) * size]
+
+    def of(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer, (heads, n, width) each."""
+        numbers = self.numbers(layer)
+        keys, values = numbers.view(len(numbers), 2, self.heads, self.width).permute(1, 2, 0, 3)
+        return keys, values
+
+
+PREFIXED = "ftr_prefixed"
+"""Name of the attention function that reads prefixes; modules without one never call it."""
+
+
+def prefixed_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
+    """The module's own attention with its prefix in front of keys and values (B, heads, L, width), seen by every query."""
+    prefix, layer = module.prefixed
+    keys, values = prefix.of(layer)
+    B, n, Q, K = len(key), keys.shape[1], query.shape[2], key.shape[2]
+    causal = kwargs.get("is_causal")
+    if mask is None and Q > 1 and (getattr(module, "is_causal", True) if causal is None else causal):
+        mask = torch.ones(Q, K, dtype=torch.bool, device=key.device).tril(K - Q)[None, None]
+    if mask is not None:
+        mask = F.pad(mask, (n, 0), value=True) if mask.dtype == torch.bool else F.pad(mask, (n, 0))
+    if kwargs.get("position_bias") is not None:
+        kwargs["position_bias"] = F.pad(kwargs["position_bias"], (n, 0))
+    key = torch.cat([keys.to(key.dtype).expand(B, -1, -1, -1), key], 2)
+    value = torch.cat([values.to(value.dtype).expand(B, -1, -1, -1), value], 2)
+    return module.own_attention(module, query, key, value, mask, **kwargs)
+
+
+class SequenceMethod(Method):
+    """A method that freezes the model and puts trained vectors in front of its sequences."""
+
+    picks = True
+
+    def prompts(self, run: Run, prompt: Prompt, *, length: int) -> None:
+        """Let `length` vectors stand before the embedded tokens of every sequence of a decoder."""
+        decoder = self.decoder(run, length)
+        if hasattr(decoder, "prompt"):
+            raise UserError(f"{self.key}: another method put a prompt there; keep one of them")
+        mixed(_Prompted, decoder)
+        decoder.prompt = prompt
+
+    def prefixes(self, run: Run, prefix: Prefix, *, length: int, blocks: Any = "all", shift: bool = True) -> None:
+        """Let self-attention of these blocks read a prefix of `length`; with `shift`, a decoder's positions count on behind it.
+
+        A second prefix takes the place of the first.
+        """
+        if shift:
+            decoder = self.decoder(run, length)
+            mixed(_Shifted, decoder)
+            decoder.behind = length
+        run.model.add_module("prefix", prefix)
+        for layer, module in enumerate(self.attentions(run, blocks)):
+            own = module.config._attn_implementation
+            if "flash" in own:
+                raise UserError(f"{self.key}: prefixes need a mask, which model.attention={own} has not; model.attention=sdpa has")
+            if own != PREFIXED:
+                eager = own not in ALL_ATTENTION_FUNCTIONS
+                module.own_attention = (
+                    sys.modules[type(module).__module__].eager_attention_forward if eager else ALL_ATTENTION_FUNCTIONS[own]
+                )
+                module.config = copy.copy(module.config)
+                module.config._attn_implementation = PREFIXED
+            module.prefixed = (prefix, layer)  # in a tuple: the prefix is the model's, not the layer's
+
+    @staticmethod
+    def repeated(run: Run, text: str, length: int) -> list[int]:
+        """The tokens of a text, repeated or cut to a length."""
+        ids = run.task.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+        if not ids:
+            raise UserError("init=text needs text='what the start should say'")
+        return (ids * (length // len(ids) + 1))[:length]
+
+    def attentions(self, run: Run, blocks: Any = "all") -> list[Any]:
+        """The self-attention modules of blocks, by depth; those that do not use transformers' interface are refused."""
+        names = dict.fromkeys(part.name.rpartition(".")[0] for part in parts_of(run, self, ["k", "qkv"], blocks))
+        modules = [run.model.get_submodule(name) for name in names]
+        for name, module in zip(names, modules, strict=True):
+            forward = inspect.unwrap(type(module).forward)
+            if "ALL_ATTENTION_FUNCTIONS" not in forward.__code__.co_names:
+                raise UserError(f"{self.key} cannot act on {name}: {type(module).__name__} has attention of its own kind")
+        return modules
+
+    def decoder(self, run: Run, length: int) -> Any:
+        """The decoder of a language model, if it has positions for `length` more."""
+        limit = getattr(run.model.config, "max_position_embeddings", None)
+        most = getattr(run.task, "max_length", 0)
+        if limit and most + length > limit:
+            raise UserError(
+                f"{self.key}.length={length}: with data.max_length={most} that is more than the {limit} positions of "
+                f"{run.settings.model.name}; data.max_length={limit - length} fits"
+            )
+        return run.model.get_decoder()  # type: ignore[operator]
+
+
+def heads_of(model: Any) -> tuple[int, int]:
+    """Heads and width of a head of a model's keys."""
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    queries = config.num_attention_heads
+    return getattr(config, "num_key_value_heads", None) or queries, getattr(config, "head_dim", None) or config.hidden_size // queries
+
+
+AttentionInterface.register(PREFIXED, prefixed_attention)
