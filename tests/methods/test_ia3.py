@@ -128,8 +128,16 @@ def test_exported_it_loads_in_peft(words: tuple[str, ...], tmp_path: Path) -> No
         loaded = PeftModel.from_pretrained(run.pristine(), str(export.export(str(tmp_path / "run"), "peft")))
         torch.testing.assert_close(loaded.eval()(ids).logits, wanted, rtol=1e-5, atol=1e-5)
         assert (wanted - run.pristine().eval()(ids).logits).abs().max() > 1e-4
+        start = build("method=full", *(w for w in words if "also_train" not in w), f"model.adapter={tmp_path / 'run' / 'export-peft'}")
+        torch.testing.assert_close(start.model.eval()(ids).logits, wanted, rtol=1e-5, atol=1e-5)
     with pytest.raises(UserError, match=r"--rank is of updates that a LoRA approximates; peft holds ia3 itself"):
         export.export(str(tmp_path / "run"), "peft", str(tmp_path / "other"), 4)
+
+
+def test_beside_another_adapter_it_is_not_exported(tmp_path: Path) -> None:
+    train("method=[ia3,lora]", "method.lora.targets=[q]", *SMALL, "trainer.max_steps=1", folder=tmp_path / "run")
+    with pytest.raises(UserError, match="peft holds ia3 alone, and lora changed the model too"):
+        export.export(str(tmp_path / "run"), "peft")
 
 
 def test_only_the_input_of_a_matrix_is_scaled() -> None:

@@ -109,6 +109,8 @@ def test_exported_it_loads_in_peft(tmp_path: Path) -> None:
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids).logits, run.model(ids).logits, rtol=1e-5, atol=1e-6)
         assert (run.model(ids).logits - run.pristine().eval()(ids).logits).abs().max() > 1e-4
+        start = build("method=full", *SMALL, f"model.adapter={tmp_path / 'run' / 'export-peft'}")
+        torch.testing.assert_close(start.model.eval()(ids).logits, run.model(ids).logits, rtol=1e-5, atol=1e-6)
 
 
 # -- Fisher information ------------------------------------------------------------------------------------------------

@@ -228,6 +228,20 @@ def test_some_blocks_alone_have_it() -> None:
         run.stack.methods[0].peft(run)
 
 
+def test_beside_a_prompt_the_order_does_not_matter() -> None:
+    words = ("method.prompt_tuning.length=3", *SHORT, *SMALL, "data.max_length=128", "data.packing=true")
+    runs = [build(f"method=[{stack}]", *words) for stack in ("prompt_tuning,prefix_tuning", "prefix_tuning,prompt_tuning")]
+    batch = runs[0].window(0).micros[0]
+    ids = torch.arange(30, 40)[None]
+    with torch.no_grad():
+        a, b = (run.task.outputs(run.model.eval(), batch).logps for run in runs)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        a, b = (run.model(ids).logits for run in runs)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        kept = [run.model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None) for run in runs]
+        assert torch.equal(*kept)
+
+
 def test_images() -> None:
     run = build("method=prefix_tuning", *SHORT, *VIT, *STEADY)
     start = weights(run)

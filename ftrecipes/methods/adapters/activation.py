@@ -355,7 +355,7 @@ class Prompt(nn.Module):
         if begins is None or not begins[:, 1:].any():
             rows = torch.cat([vectors.expand(B, n, d), tokens], 1)
             if position is not None:
-                position = torch.cat([count.expand(position.shape[0], n), position + n], 1)
+                position = torch.cat([position[:, :1] + count, position + n], 1)
             return rows, position, None
         assert position is not None
         ordinal = begins.cumsum(1)
