@@ -146,6 +146,9 @@ class Method:
     def merge(self, run: Run) -> None:
         """Fold everything into the base weights, so that the plain model is the tuned one."""
 
+    def peft(self, run: Run) -> tuple[dict[str, Tensor], dict[str, Any]]:  # type: ignore[empty-body]
+        """Tensors by peft's names and its configuration, where peft has the method itself (LoRA and DoRA are told by `factors`)."""
+
 
 class Stack:
     """The methods of a run, in order."""

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ftrecipes import data as data_sets
-from ftrecipes import models, optim, registry
+from ftrecipes import models, optim, registry, stacking
 from ftrecipes.anatomy import Anatomy
 from ftrecipes.data.base import Dataset, micro_batches, order
 from ftrecipes.errors import FtrError, Interrupted, RunFailed, UserError
@@ -722,6 +722,7 @@ class Run:
 
     def merge(self) -> nn.Module:
         """Fold all methods into the plain model and return it."""
+        stacking.check_mergeable(self.settings.method)
         with torch.no_grad():
             self.stack.merge(self)
         if left := sorted(set(self.model.state_dict()) - self.base_names):

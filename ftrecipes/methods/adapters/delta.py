@@ -47,6 +47,17 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight.to(x.dtype))
 
 
+def parameter(near: Tensor, *shape: int, init: Callable[[Tensor], Any] | None = None) -> nn.Parameter:
+    """A trainable tensor on the device of a weight, at least float32; zeros unless `init` fills it (drawn on the CPU)."""
+    dtype = torch.promote_types(near.dtype, torch.float32)
+    if near.is_meta:
+        return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"))
+    tensor = torch.zeros(shape, dtype=dtype)
+    if init is not None:
+        init(tensor)
+    return nn.Parameter(tensor.to(near.device))
+
+
 class Layer:
     """A module with one weight, seen as a matrix, whatever its kind."""
 
@@ -129,13 +140,8 @@ class Delta(nn.Module):
         self.strength = 1.0
 
     def parameter(self, *shape: int, init: Callable[[Tensor], Any] | None = None) -> nn.Parameter:
-        """A parameter on the layer's device; zeros unless `init` fills it (drawn on the CPU)."""
-        if self.layer.device.type == "meta":
-            return nn.Parameter(torch.empty(shape, dtype=self.layer.dtype, device="meta"))
-        tensor = torch.zeros(shape, dtype=self.layer.dtype)
-        if init is not None:
-            init(tensor)
-        return nn.Parameter(tensor.to(self.layer.device))
+        """A parameter beside the layer's weight; zeros unless `init` fills it (drawn on the CPU)."""
+        return parameter(self.layer.raw, *shape, init=init)
 
     def delta(self) -> Tensor:
         """The dense update (rows x cols)."""

@@ -1,7 +1,7 @@
 """Weight arithmetic inside a run: the tuned model as a point that can be moved along the line from its start.
 
 `Line` holds theta_0 and theta_1 of what differs between them and puts the model anywhere on the line. Adapters stay
-adapters: the strength of each delta is set, so that the product is scaled and not both of its factors.
+adapters: the strength of each delta or insert is set, so that the product is scaled and not both of its factors.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ftrecipes.methods.adapters.delta import Delta
 from ftrecipes.methods.selection.sparse import write
 from ftrecipes.update import wide
 
@@ -24,7 +23,7 @@ class Line:
     """The straight line from the start (alpha 0) to the tuned weights (alpha 1)."""
 
     def __init__(self, run: Run) -> None:
-        self.deltas = [module for module in run.model.modules() if isinstance(module, Delta)]
+        self.deltas = {name: module for name, module in run.model.named_modules() if hasattr(module, "strength")}
         self.sparse = {name: m for name, m in run.model.named_modules() if hasattr(m, "chosen")}
         for module in self.sparse.values():  # a weight gets its chosen values when it is used
             write(module.weight, module.chosen.index, module.chosen.values)
@@ -46,8 +45,8 @@ class Line:
         alpha: one for all, or a function of a weight's name.
         """
         factor = alpha if callable(alpha) else lambda name: alpha
-        for delta in self.deltas:
-            delta.strength = factor(f"{delta.layer.name}.weight")
+        for name, delta in self.deltas.items():
+            delta.strength = factor(name)  # type: ignore[assignment]
         for name, tensor in self.live.items():
             tensor.copy_(between(self.start[name], self.end[name], factor(name)))
         for module in self.sparse.values():  # their chosen values are what the next forward pass writes
