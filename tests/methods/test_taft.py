@@ -313,5 +313,5 @@ def test_there_is_no_merged_model(tmp_path):
     batch = run.data["test"].batch(list(range(4)))
     with torch.no_grad():
         assert run.task.outputs(run.model.eval(), batch).logits.equal(opened.task.outputs(opened.model, batch).logits)
-    with pytest.raises(UserError, match="taft: cannot be folded into plain weights"):
+    with pytest.raises(UserError, match="taft cannot be folded into plain weights"):
         opened.merge()
