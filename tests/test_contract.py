@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ METHODS = sorted(catalogue.entries("method"))
 STEPS = ["trainer.max_steps=4", "hardware.micro_batch=3"]
 # Settings that let a mechanism show itself within four updates, by method.
 KNOBS: dict[str, list[str]] = {
+    "lines": ["method.lines.alpha=0.5"],  # on random weights nothing is forgotten, and the best point is the end
+    "bitfit": ["model.architecture.attention_bias=true", "model.architecture.mlp_bias=true"],
     "lift": ["method.lift.update_interval=2"],
     "lisa": ["method.lisa.interval=2", "method.lisa.gamma=1"],
     "periodic_lora": ["method.periodic_lora.stage_steps=2"],
@@ -33,6 +36,7 @@ EXEMPT: dict[tuple[str, str], str] = {
     **{(m, "events"): "the mechanism is the added module itself" for m in ("flora_tucker", "vera")},
     ("oft", "events"): "projections are counted where coft asks for them; else the mechanism is the added module itself",
     ("taft", "hardware.checkpointing=true"): "refused: what is computed anew would lack the tangents",
+    ("eva", "count"): "the data decide how a budget of ranks is shared by weights of different sizes; a plan shares it evenly",
 }
 
 
@@ -79,16 +83,17 @@ def test_a_paper_has_a_proof_and_a_mutation(method: str) -> None:
 def test_frozen_stays_trained_moves_and_counts_are_as_planned(method: str) -> None:
     run = build(*words(method))
     planned = plan(compose(words(method)))
-    assert planned.trainable == sum(p.numel() for p in run.trainable().values())
+    if (method, "count") not in EXEMPT:
+        assert planned.trainable == sum(p.numel() for p in run.trainable().values())
     before = weights(run)
     run.stack.drive(run, run.fit)
     run.stack.finish(run)
     after = weights(run)
     trains = set(run.trainable())
     may_move = trains | run.touched | set().union(*(m.writes() for m in run.stack))
-    for name in before.keys() - may_move:
+    for name in (before.keys() & after.keys()) - may_move:  # adapters may be given up at the end
         assert after[name].equal(before[name]), f"{name} is frozen and moved"
-    moved = [n for n in trains if n in before and not after[n].equal(before[n])]
+    moved = [n for n in trains if n in before and not (n in after and after[n].equal(before[n]))]  # some are dropped at the end
     assert len(moved) >= 0.5 * len(trains), f"only {len(moved)} of {len(trains)} trainable tensors moved"
 
 
@@ -102,12 +107,15 @@ def test_reloads_and_merges_to_equal_outputs(method: str, tmp_path: Path) -> Non
         assert answers(opened.task.outputs(opened.model, batch)).equal(wanted)
         if catalogue.get("method", method).about.get("unmergeable"):
             with pytest.raises(UserError, match="cannot be folded into plain weights"):
+        if reason := catalogue.get("method", method).about.get("unmergeable"):
+            with pytest.raises(UserError, match=f"{method} cannot be folded into plain weights: {re.escape(reason)}"):
                 opened.merge()
         else:
             merged = opened.merge()
             torch.testing.assert_close(answers(opened.task.outputs(merged, batch)), wanted, rtol=1e-4, atol=1e-5)
             assert type(merged) is type(opened.pristine())
             assert not any(hasattr(m, "delta") or hasattr(m, "chosen") for m in merged.modules())
+            assert not any(hasattr(m, what) for m in merged.modules() for what in ("delta", "chosen", "inserted"))
     saved = sum(f.stat().st_size for f in (tmp_path / "tuned").iterdir())
     whole = 4 * sum(p.numel() for p in opened.model.parameters())
     share = sum(p.numel() for p in run.trainable().values()) / sum(p.numel() for p in opened.model.parameters())

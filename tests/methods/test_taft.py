@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tools import SMALL_VIT, build, check_resume, train, weights
+from test_vision import SMALL_VIT
+from tools import build, check_resume, train, weights
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ftrecipes.data.base import Splits
@@ -17,7 +18,7 @@ MUTATION = ("ftrecipes/methods/adapters/taft.py", "out.logits = logits + tangent
 
 def small(*words: str) -> Run:
     """A random ViT of three blocks; in float64, for formulas have to hold to many digits."""
-    run = build("method=taft", *SMALL_VIT, "method.taft.blocks=last-2", "method.taft.shards=1", "model.dtype=float32", *words)
+    run = build("method=taft", *SMALL_VIT, "method.taft.blocks=last-2", "model.dtype=float32", *words)
     run.model.double()
     return run
 
@@ -297,7 +298,7 @@ def test_a_run_over_shards_goes_on_where_it_was_cut(tmp_path):
 )
 def test_what_would_not_be_linear_is_refused(word, text):
     with pytest.raises(UserError, match=text):
-        build("method=taft", *SMALL_VIT, "method.taft.shards=1", word)
+        build("method=taft", *SMALL_VIT, word)
 
 
 def test_more_shards_than_updates_are_refused():
@@ -307,10 +308,10 @@ def test_more_shards_than_updates_are_refused():
 
 
 def test_there_is_no_merged_model(tmp_path):
-    run = train("method=taft", *SMALL_VIT, "method.taft.shards=1", "trainer.max_steps=2", folder=tmp_path)
+    run = train("method=taft", *SMALL_VIT, "trainer.max_steps=2", folder=tmp_path)
     opened = Run.open(tmp_path)
     batch = run.data["test"].batch(list(range(4)))
     with torch.no_grad():
         assert run.task.outputs(run.model.eval(), batch).logits.equal(opened.task.outputs(opened.model, batch).logits)
-    with pytest.raises(UserError, match="cannot be folded into plain weights"):
+    with pytest.raises(UserError, match="taft cannot be folded into plain weights"):
         opened.merge()

@@ -47,6 +47,17 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight.to(x.dtype))
 
 
+def parameter(near: Tensor, *shape: int, init: Callable[[Tensor], Any] | None = None) -> nn.Parameter:
+    """A trainable tensor on the device of a weight, at least float32; zeros unless `init` fills it (drawn on the CPU)."""
+    dtype = torch.promote_types(near.dtype, torch.float32)
+    if near.is_meta:
+        return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"))
+    tensor = torch.zeros(shape, dtype=dtype)
+    if init is not None:
+        init(tensor)
+    return nn.Parameter(tensor.to(near.device))
+
+
 class Layer:
     """A module with one weight, seen as a matrix, whatever its kind."""
 
@@ -129,13 +140,8 @@ class Delta(nn.Module):
         self.strength = 1.0
 
     def parameter(self, *shape: int, init: Callable[[Tensor], Any] | None = None) -> nn.Parameter:
-        """A parameter on the layer's device; zeros unless `init` fills it (drawn on the CPU)."""
-        if self.layer.device.type == "meta":
-            return nn.Parameter(torch.empty(shape, dtype=self.layer.dtype, device="meta"))
-        tensor = torch.zeros(shape, dtype=self.layer.dtype)
-        if init is not None:
-            init(tensor)
-        return nn.Parameter(tensor.to(self.layer.device))
+        """A parameter beside the layer's weight; zeros unless `init` fills it (drawn on the CPU)."""
+        return parameter(self.layer.raw, *shape, init=init)
 
     def delta(self) -> Tensor:
         """The dense update (rows x cols)."""
@@ -165,6 +171,8 @@ class Delta(nn.Module):
 
     def apply_to(self, x: Tensor, y: Tensor) -> Tensor:
         """The module's output with the delta at its strength, in the module's dtype and layout."""
+        if self.strength == 0.0:
+            return y
         last = self.layer.last(y)
         new = self(x.to(y.dtype) if x.is_floating_point() else x, last).to(y.dtype)
         if self.strength != 1.0:
@@ -229,8 +237,8 @@ class DeltaMethod(Method):
     def structure(self) -> dict[str, Any]:
         return {"deltas": {n: {"strength": d.strength, **d.structure()} for n, d in self.deltas.items()}}
 
-    def attach(self, run: Run, part: Part, saved: dict[str, Any] | None = None) -> None:
-        """Put a delta on a part; `saved` is its structure when it is rebuilt."""
+    def check(self, part: Part) -> None:
+        """Refuse a part that cannot carry a delta of this method."""
         module = part.module
         if not isinstance(module, self.kinds):
             raise UserError(f"{self.key} cannot act on {part.name} ({type(module).__name__}); narrow {self.key}.targets")
@@ -238,6 +246,11 @@ class DeltaMethod(Method):
             raise UserError(f"{self.key}: {part.name} already carries a delta; two adapters cannot share a weight")
         if isinstance(module, CONVS) and module.groups > 1 and not self.grouped:
             raise UserError(f"{self.key}: {part.name} is a grouped convolution; narrow {self.key}.targets")
+
+    def attach(self, run: Run, part: Part, saved: dict[str, Any] | None = None) -> None:
+        """Put a delta on a part; `saved` is its structure when it is rebuilt."""
+        self.check(part)
+        module = part.module
         layer = Layer(part.name, module)
         delta = self.make(layer, lambda purpose: run.generator("init", part.name, purpose), saved)
         delta.strength = (saved or {}).get("strength", 1.0)
