@@ -33,6 +33,7 @@ KNOBS = {
     "lisa": ["method.lisa.interval=4", "method.lisa.gamma=1"],
     "periodic_lora": ["method.periodic_lora.stage_steps=5", "method.periodic_lora.momentum=0.2"],
     "mezo": ["method.mezo.n=2"],
+    "bitfit": ["model.architecture.attention_bias=true"],
     "wise_ft": ["method.wise_ft.alpha=[0.3,0.7]"],
 }
 METHODS = sorted(catalogue.entries("method"))
