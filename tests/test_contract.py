@@ -171,8 +171,8 @@ def twenty() -> Any:
 
     def get(method: str) -> dict[str, torch.Tensor]:
         if method not in made:
-            rate = [] if method == "oasis" else ["optimizer.lr=1e-3"]  # it finds its own
-            run = build(*words(method, "trainer.max_steps=20", *rate, "trainer.batch=4", "schedule=constant", "schedule.warmup=0"))
+            rate = [] if method == "oasis" else ["optimizer.lr=1e-3", "schedule=constant", "schedule.warmup=0"]  # it finds its own
+            run = build(*words(method, "trainer.max_steps=20", "trainer.batch=4", *rate))
             run.stack.drive(run, run.fit)
             run.model.eval()
             run.stack.finish(run)
