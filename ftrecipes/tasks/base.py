@@ -31,9 +31,11 @@ class Task:
     """Base of the tasks."""
 
     domain: ClassVar[str]
-    unit: ClassVar[str] = "example"
-    """What is counted: the loss is a mean over these."""
-    target: ClassVar[str]
+    unit: str = "example"
+    """What is counted: the loss is a mean over these. A method that owns the loss may count whole examples instead."""
+    alternatives: int = 0
+    """Further answers of each example that the loss of a method compares with, for plans."""
+    target: str
     """The metric that says how well the target task is done."""
     higher_is_better: ClassVar[bool] = True
     forgetting: ClassVar[tuple[str, ...]] = ("nll",)

@@ -37,8 +37,8 @@ class ImageClassification(Task):
     """
 
     domain: ClassVar[str] = "vit"
-    unit: ClassVar[str] = "image"
-    target: ClassVar[str] = "accuracy"
+    unit = "image"
+    target = "accuracy"
     forgetting: ClassVar[tuple[str, ...]] = ("accuracy", "nll")
 
     def __init__(
