@@ -35,6 +35,7 @@ KNOBS = {
     "mezo": ["method.mezo.n=2"],
     "adalora": ["method.adalora.deltaT=2"],
     "taft": ["method.taft.shards=3"],
+    "bitfit": ["model.architecture.attention_bias=true"],
     "wise_ft": ["method.wise_ft.alpha=[0.3,0.7]"],
 }
 METHODS = sorted(catalogue.entries("method"))

@@ -199,6 +199,15 @@ def test_settings_and_data(tmp_path: Path) -> None:
         run.fit(1)
 
 
+@pytest.mark.parametrize("stack", ["gmt,dpo", "dpo,lift", "mezo,dpo", "lisa,dpo", "svft,dpo,wise_ft"])
+def test_trains_in_stacks(stack: str) -> None:
+    run = dpo("trainer.max_steps=3", "method.dpo.beta=1", *(["optimizer.lr=1e-3"] if "mezo" in stack else []), stack=stack)
+    run.stack.drive(run, run.fit)
+    run.stack.finish(run)
+    assert run.step == 3 and float(run._row["loss"]) != pytest.approx(math.log(2), abs=1e-6)
+    assert bool(run.held) == ("svft" not in stack)
+
+
 def test_resumed_run_is_bit_equal(tmp_path: Path) -> None:
     words = ("method=dpo", *SMALL, "hardware.micro_batch=3", "trainer.max_steps=8", "optimizer.lr=1e-2")
     check_resume(*words, folder=tmp_path, at=7)
