@@ -65,6 +65,9 @@ class Method:
     steps_with_optimizer: ClassVar[bool] = True
     """False when an owner of the step changes the weights itself."""
 
+    trains_fresh: ClassVar[bool] = True
+    """False when a new head keeps the numbers that it was drawn with."""
+
     def __init__(self, key: str, knobs: dict[str, Any]) -> None:
         self.key = key
         for name, value in knobs.items():
@@ -114,6 +117,10 @@ class Method:
         """Options of one trainable parameter: `lr_scale` (a factor) and `weight_decay`."""
         return {}
 
+    def holds(self, run: Run) -> dict[str, int]:
+        """Bytes that the method keeps during an update, by kind, for plans: `optimizer` where it builds its own, `copies`, …"""
+        return {}
+
     # -- saving ---------------------------------------------------------------------------------------------------
 
     def structure(self) -> dict[str, Any]:
@@ -138,6 +145,9 @@ class Method:
 
     def merge(self, run: Run) -> None:
         """Fold everything into the base weights, so that the plain model is the tuned one."""
+
+    def peft(self, run: Run) -> tuple[dict[str, Tensor], dict[str, Any]]:  # type: ignore[empty-body]
+        """Tensors by peft's names and its configuration, where peft has the method itself (LoRA and DoRA are told by `factors`)."""
 
 
 class Stack:

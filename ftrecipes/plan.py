@@ -132,6 +132,9 @@ def plan(settings: Settings) -> Plan:
         "optimizer": int(states * active),
         "activations": max(0, trace - gradients),
     }
+    for method in run.stack:
+        for kind, size in method.holds(run).items():
+            memory[kind] = size if kind == "optimizer" else memory.get(kind, 0) + size
     if run.held:
         memory["further models"] = sum(_bytes(p) for held in run.held for p in held.parameters())
     roles: dict[str, tuple[int, int]] = {}

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ftrecipes import data as data_sets
-from ftrecipes import models, optim, registry
+from ftrecipes import models, optim, registry, stacking
 from ftrecipes.anatomy import Anatomy
 from ftrecipes.data.base import Dataset, micro_batches, order
 from ftrecipes.errors import FtrError, Interrupted, RunFailed, UserError
@@ -68,6 +68,7 @@ class Run:
         self.update: Update = None  # type: ignore[assignment]
         self.step = self.fit_step = self.fit_steps = self.fit_index = 0
         self.fit_name = ""
+        self.within: tuple[int, int] | None = None
         self.rate = 0.0
         self.events: dict[str, int] = {}
         self.journal: dict[str, Any] = {}
@@ -120,6 +121,11 @@ class Run:
 
     def prepare(self, structure: dict[str, Any] | None = None) -> None:
         """Let the methods build themselves; afterwards what trains is fixed."""
+        if self.settings.hardware.checkpointing:  # first, so that what methods look at before training is as bounded as training
+            enable = getattr(self.model, "activation_checkpointing_enable", None) or self.model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})  # type: ignore[operator]
+            if hasattr(self.model, "enable_input_require_grads"):
+                self.model.enable_input_require_grads()  # type: ignore[operator]
         self.stack.prepare(self, structure)
         extra = list(self.settings.model.also_train)
         for part in self.anatomy.select(extra) if extra else []:
@@ -127,7 +133,7 @@ class Run:
         if extra and not any(p.role in extra or f"re:{p.role}" in extra for p in self.anatomy.parts):
             have = ", ".join(sorted({part.role for part in self.anatomy.parts}))
             raise UserError(f"model.also_train={extra}: no such role in {self.settings.model.name}; it has {have}")
-        for name in self.loaded.fresh:
+        for name in self.loaded.fresh if all(m.trains_fresh for m in self.stack) else ():
             self.model.get_parameter(name).requires_grad_(True)
         if self.precision.endswith("mixed"):  # without autocast, mixed dtypes would not multiply
             for parameter in self.model.parameters():
@@ -137,11 +143,20 @@ class Run:
         if not self._trainable:
             raise UserError(f"nothing trains: {', '.join(m.key for m in self.stack)} left every weight frozen")
         self.touched |= set(self._trainable) & self.base_names
-        if self.settings.hardware.checkpointing:
-            enable = getattr(self.model, "activation_checkpointing_enable", None) or self.model.gradient_checkpointing_enable
-            enable({"use_reentrant": False})  # type: ignore[operator]
-            if hasattr(self.model, "enable_input_require_grads"):
-                self.model.enable_input_require_grads()  # type: ignore[operator]
+
+    def restart(self) -> None:
+        """The run's model as it was before any update: loaded and prepared anew, one model in memory at a time.
+
+        Data, journal and the count of updates stay; for drives whose fits begin at one start.
+        """
+        self.optimizer = None
+        self.model = self.loaded.model = None  # type: ignore[assignment]
+        self.loaded.model = self.loaded.pristine()
+        self.model = self.loaded.model.to(self.device)
+        self.anatomy = Anatomy(self.model, self.loaded.roles)
+        self.touched = set()
+        self.prepare()
+        self.model.train()
 
     def load_data(self, *, select: bool = True) -> None:
         """The splits of the data set, encoded; what was skipped or cut is remembered as a note.
@@ -221,10 +236,28 @@ class Run:
         """Count an event of a mechanism (a re-selection, a merge, a switch)."""
         self.events[event] = self.events.get(event, 0) + n
 
-    def gradients(self, window: Window, loss: Loss | None = None) -> Tensor:
-        """Fill `.grad` with the window's gradient; see Update.gradients."""
+    def gradients(self, window: Window, loss: Loss | None = None, *, report: bool = True) -> Tensor:
+        """Fill `.grad` with the window's gradient; see Update.gradients.
+
+        report: whether this pass is the one whose reported sums are logged (a pass at other weights is not).
+        """
+        with self._reporting(report):
+            return self.update.gradients(window, loss)
+
+    def hessian_product(
+        self, window: Window, vector: Sequence[Tensor], loss: Loss | None = None, *, report: bool = True
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The loss and the product of its Hessian with a vector; fills `.grad` as well; see Update.hessian_product."""
+        with self._reporting(report):
+            return self.update.hessian_product(window, vector, loss)
+
+    @contextmanager
+    def _reporting(self, report: bool) -> Iterator[None]:
+        kept = {} if report else dict(self._reported)
         self._reported.clear()
-        return self.update.gradients(window, loss)
+        yield
+        if not report:
+            self._reported = kept
 
     def loss(self, window: Window, loss: Loss | None = None) -> Tensor:
         """The window's loss without gradients; see Update.loss."""
@@ -327,7 +360,8 @@ class Run:
 
     def set_rate(self) -> None:
         """The learning rate of this update, by the schedule of the current fit."""
-        factor = optim.factor(self.settings.schedule, self.fit_step, self.fit_steps)
+        before, whole = self.within or (0, self.fit_steps)
+        factor = optim.factor(self.settings.schedule, before + self.fit_step, whole)
         self.rate = self.settings.optimizer.lr * factor
         for group in self.optimizer.param_groups if self.optimizer else []:
             group["lr"] = group["peak"] * factor
@@ -354,11 +388,19 @@ class Run:
         inside = {id(p) for _, block in self.anatomy.blocks for p in block.parameters()}
         return optim.build(knobs.name, built, knobs, lambda p: id(p) in inside)
 
-    def fit(self, steps: int | None = None, *, name: str | None = None) -> dict[str, Any]:
-        """Train for `steps` updates with a fresh optimizer and schedule; one that is finished returns its result at once."""
+    def begun(self, name: str) -> bool:
+        """Whether the fit of this name is finished, or is the one that a resumed run stands in."""
+        return f"fit:{name}" in self.journal or bool(self._resume and self._resume["fit"] == f"fit:{name}")
+
+    def fit(self, steps: int | None = None, *, name: str | None = None, within: tuple[int, int] | None = None) -> dict[str, Any]:
+        """Train for `steps` updates with a fresh optimizer and schedule; one that is finished returns its result at once.
+
+        within: the fit is a stretch of a longer schedule, (its updates before this fit, all of its updates).
+        """
         from ftrecipes.finetuner import train
 
         self.fit_index += 1
+        self.within = within
         key = f"fit:{name or self.fit_index}"
         if key in self.journal:
             return dict(self.journal[key])
@@ -680,6 +722,7 @@ class Run:
 
     def merge(self) -> nn.Module:
         """Fold all methods into the plain model and return it."""
+        stacking.check_mergeable(self.settings.method)
         with torch.no_grad():
             self.stack.merge(self)
         if left := sorted(set(self.model.state_dict()) - self.base_names):

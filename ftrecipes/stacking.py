@@ -10,10 +10,12 @@ What a method's `about:` block says for it:
     gradients: false when its step computes no gradients
     nests:     true when its drive can run inside another one
     pairs:     true when it learns from chosen and rejected answers; of a data set: whether it has them
+    unmergeable: why the weights of the plain model cannot hold what it made
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +84,14 @@ def pair(a: Entry, b: Entry, settings: Settings | None = None) -> str | None:
     if _at(a, "drive") and _at(b, "drive") and not (a.about.get("nests") or b.about.get("nests")):
         return "each drives the whole training; keep one of them"
     return _same_weights(a, b, settings) or _clash(a, b, settings) or _clash(b, a, settings)
+
+
+def check_mergeable(names: Iterable[str]) -> None:
+    """Refuse to fold methods into plain weights which these cannot hold."""
+    known = catalogue.entries("method")
+    for name in names:
+        if name in known and (reason := known[name].about.get("unmergeable")):
+            raise UserError(f"{name} cannot be folded into plain weights: {reason}")
 
 
 def _at(method: Entry, point: str) -> bool:

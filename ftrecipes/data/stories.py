@@ -296,6 +296,18 @@ def pair(r: random.Random) -> dict[str, Any]:
     return {**example, "others": [wrong(r, example)]}
 
 
+def answers(r: random.Random) -> dict[str, str]:
+    """A story without its end, a question about it, and its right answer in three styles.
+
+    statement: as stories tell it. bare: the answer alone. shout: the statement in capitals, with marks.
+    """
+    kind = r.choice(list(KINDS))
+    told, endings = KINDS[kind](r)
+    statement, asked, answer = r.choice(endings)
+    styles = {"statement": f"{_capital(statement)}.", "bare": answer, "shout": f"{statement.upper()}!!!"}
+    return {"prompt": " ".join([*told, asked]), "kind": kind, **styles}
+
+
 def unique(make: Callable[[random.Random], dict[str, Any]], seed: str, seen: set[str]) -> Iterator[dict[str, Any]]:
     """Examples whose prompt was not seen before; `seen` is shared between splits so that none leaks."""
     r = random.Random(seed)
