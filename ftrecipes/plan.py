@@ -112,9 +112,10 @@ def plan(settings: Settings) -> Plan:
     batch = settings.trainer.batch
     micro = settings.hardware.micro_batch
     per_pass = int(micro) if micro != "auto" else max(1, min(batch, _budget(run) // max(1, length)))
-    fake = FakeTensorMode()
+    fake = FakeTensorMode(allow_non_fake_inputs=True)  # tables of a task stay real
     with fake:
-        to_fake(model)
+        for held in (model, *run.held):
+            to_fake(held)
         trace, flops, forward = _trace(run, run.task.blank(per_pass, length))
     passes = batch / per_pass
     backward = run.stack.gradients_used
@@ -130,6 +131,8 @@ def plan(settings: Settings) -> Plan:
         "optimizer": int(states * active),
         "activations": max(0, trace - gradients),
     }
+    if run.held:
+        memory["further models"] = sum(_bytes(p) for held in run.held for p in held.parameters())
     roles: dict[str, tuple[int, int]] = {}
     names = {part.name: part.role for part in run.anatomy.parts}
     for name, parameter in total.items():
@@ -199,7 +202,7 @@ def _trace(run: Run, batch: dict[str, Any]) -> tuple[int, float, float]:
     model = run.model.train()
     run._trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
     run.device = torch.device("cpu")
-    known = [*model.parameters(), *model.buffers()]
+    known = [t for held in (model, *run.held) for t in (*held.parameters(), *held.buffers())]
     live, both = Live(known), FlopCounterMode(display=False)
     window = Window([batch], float(run.task.count(batch)))
     with live, both:

@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,6 +49,7 @@ class Run:
     model, task, anatomy: the model, what its domain says, its parts by role. data: Datasets by split.
     step: updates done, over all fits. fit_step, fit_steps: those of the current fit.
     rounding: the largest change that rounding to a weight's dtype made when a delta was folded into it.
+    held: further models that stay in memory.
     """
 
     def __init__(self, settings: Settings, record: Record | None = None, console: Console | None = None) -> None:
@@ -72,6 +74,7 @@ class Run:
         self.journal: dict[str, Any] = {}
         self.touched: set[str] = set()
         self.base_names: set[str] = set()
+        self.held: list[nn.Module] = []
         self.rounding = 0.0
         self.stopping: str | None = None
         self.remarks: list[str] = []
@@ -110,7 +113,9 @@ class Run:
             self.model.to(self.device)
             self.task.check(self.model)
             self.fingerprint = fingerprint(self.model, self.loaded.fresh)
-        self.anatomy = Anatomy(self.model, self.loaded.roles)
+        self.anatomy = Anatomy(self.model, self.loaded.roles, self.loaded.blocks)
+        for companion in self.task.companions():
+            self.hold(companion)
         self.base_names = set(self.model.state_dict(keep_vars=True))
         self.update = Update(self)
 
@@ -129,6 +134,8 @@ class Run:
             for parameter in self.model.parameters():
                 if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
                     parameter.data = parameter.data.float()
+        if self.stack.at("sample"):
+            self.task.guide = lambda predict: self.stack.sample(self, predict)
         self._trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         if not self._trainable:
             raise UserError(f"nothing trains: {', '.join(m.key for m in self.stack)} left every weight frozen")
@@ -223,17 +230,31 @@ class Run:
         dataset = dataset or self.data["train"]
         size = batch or self.settings.trainer.batch
         places = order(len(dataset.keep), self.seed, step * size, size)
-        return self.window_of(dataset, [dataset.keep[i] for i in places])
+        return self.window_of(dataset, [dataset.keep[i] for i in places], step)
 
-    def window_of(self, dataset: Dataset, positions: Sequence[int]) -> Window:
-        """A window of these examples; in a run of several processes each holds its share."""
+    def window_of(self, dataset: Dataset, positions: Sequence[int], step: int = 0) -> Window:
+        """A window of these examples; in a run of several processes each holds its share.
+
+        Every example gets a seed, `draw`, for what is random about it at this step; it does not depend on the micro-batches.
+        """
         world = self.update.world
         units = float(dataset.task.units([dataset[i] for i in positions]))
         mine = list(positions[world.rank :: world.size])
         micro = self.settings.hardware.micro_batch
         budget = TOKENS_GPU if self.device.type == "cuda" else TOKENS_CPU
         splits = micro_batches(dataset, mine, examples=None if micro == "auto" else int(micro), budget=budget)
-        return Window([dataset.batch(split) for split in splits], units)
+        micros = [dataset.batch(split) for split in splits]
+        times: Counter[int] = Counter()  # an example can stand in a window twice
+        seeds: list[tuple[int, int]] = []
+        for position in positions:
+            seeds.append((position, derive(self.seed, "draw", step, position, times[position])))
+            times[position] += 1
+        waiting: dict[int, list[int]] = {}
+        for position, seed in seeds[world.rank :: world.size]:
+            waiting.setdefault(position, []).append(seed)
+        for micro in micros:
+            micro["draw"] = torch.tensor([waiting[position].pop(0) for position in micro["example"].tolist()])
+        return Window(micros, units)
 
     def move(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A batch on the run's device."""
@@ -278,6 +299,12 @@ class Run:
     def pristine(self) -> nn.Module:
         """The model as it was loaded, a second one on the CPU; costs its memory as long as it is held."""
         return self.loaded.pristine()
+
+    def hold(self, model: nn.Module) -> nn.Module:
+        """Keep a further model on the run's device, frozen and in eval mode; plans count it."""
+        model.requires_grad_(False).eval()
+        self.held.append(model if next(model.parameters()).is_meta else model.to(self.device))
+        return self.held[-1]
 
     def forget(self, parameters: Sequence[nn.Parameter]) -> None:
         """Drop the optimizer's state of these parameters."""

@@ -72,7 +72,21 @@ def tiny_vit(folder: Path) -> None:
     (folder / "preprocessor_config.json").write_text(json.dumps(scaling, indent=1) + "\n")
 
 
-SHAPES = {"tiny-llama": tiny_llama, "tiny-vit": tiny_vit}
+def tiny_sd(folder: Path) -> None:
+    """Autoencoder, text encoder and architecture of tiny-sd."""
+    from ftrecipes.models import pretraining_images
+
+    pretraining_images.tiny_sd(folder)
+
+
+def tiny_dit(folder: Path) -> None:
+    """Architecture of tiny-dit around the autoencoder and text encoder of tiny-sd."""
+    from ftrecipes.models import pretraining_images
+
+    pretraining_images.tiny_dit(folder)
+
+
+SHAPES = {"tiny-llama": tiny_llama, "tiny-vit": tiny_vit, "tiny-sd": tiny_sd, "tiny-dit": tiny_dit}
 
 
 def make(name: str, words: list[str]) -> dict[str, Any]:
@@ -93,7 +107,9 @@ def make(name: str, words: list[str]) -> dict[str, Any]:
     run = Run(settings, record, Console())
     results = run.train()
     model = run.merge().to(torch.bfloat16)
-    model.save_pretrained(folder, max_shard_size="1GB")  # type: ignore[operator]
+    for companion in run.task.companions():
+        companion.to(torch.bfloat16)
+    run.task.save_model(model, folder, "1GB")
     summary = {
         "recipe": str((RECIPES / f"{recipe}.yaml").relative_to(RECIPES.parent)),
         "seed": settings.seed,
