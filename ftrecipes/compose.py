@@ -35,7 +35,7 @@ HYDRA_ALLOWED = re.compile(r"hydra\.(run\.dir|sweep\.(dir|subdir)|verbose|search
 HYDRA_CHOICES = {"hydra/launcher", "hydra/sweeper", "hydra/sweeper/sampler", "hydra/hydra_logging", "hydra/job_logging"}
 PLUGIN_TARGET = re.compile(r"(hydra\._internal\.core_plugins|hydra_plugins)\.\w+(\.\w+)*$")
 # Settings that cannot change a number of the run: they are left out of its hash.
-UNHASHED = re.compile(r"(resume|tags|logger\..*|trainer\.keep|trainer\.checkpoint_every|hardware\.memory)$")
+UNHASHED = re.compile(r"(resume|tags|logger\..*|trainer\.keep|trainer\.samples|trainer\.checkpoint_every|hardware\.memory)$")
 
 
 class Box(dict[str, Any]):

@@ -154,7 +154,7 @@ class Run:
         self.retain_name = raw.retain_name
         self.data_notes = list(raw.notes)
         if self.once("data", lambda: raw.fingerprint) != raw.fingerprint:
-            raise UserError(f"data {self.settings.data.name}: it changed since this run began, which cannot be resumed; start a new run")
+            raise UserError(f"data {self.settings.data.name}: it changed since this run began; start a new run")
         for name, dataset in self.data.items():
             if len(dataset) or name == "train":
                 dataset.prepare()
@@ -537,7 +537,10 @@ class Run:
         if state:
             self.journal = state["journal"]
         self.load_data()
+        if self.record:
+            self.record.update(data=self.journal["data"])
         before = self.once("before", lambda: {s: self.evaluate(s) for s in ("test", "retain")})
+        shown = self.once("samples", self._samples)
         self.prepare(state["structure"] if state else None)
         if state:
             self._restore(state)
@@ -559,6 +562,10 @@ class Run:
             "after": after,
             "steps": self.step,
             "events": self.events,
+            "samples": [
+                {"prompt": was["prompt"], "wanted": was["wanted"], "before": was["now"], "after": is_["now"]}
+                for was, is_ in zip(shown, self._samples(), strict=True)
+            ],
             "trainable": sum(p.numel() for p in self._trainable.values()),
             "total": sum(p.numel() for p in self.model.parameters()),
             "best": {k: v for k, v in self.best.items() if k != "checkpoint"},
@@ -575,6 +582,12 @@ class Run:
         if self.console:
             self.console.end(self, results)
         return results
+
+    def _samples(self) -> list[dict[str, str]]:
+        """The first test examples with what the model makes of them now."""
+        test = self.data["test"]
+        samples = self.task.samples(self, [test.raw[i] for i in test.keep[: self.settings.trainer.samples]])
+        return [{"prompt": s["prompt"], "wanted": s["wanted"], "now": s["answer"]} for s in samples]
 
     def _find_checkpoint(self) -> dict[str, Any] | None:
         if not self.record:
@@ -663,6 +676,7 @@ class Run:
             )
         tuned = load_tuned(record)
         if data:
+            run.journal["data"] = info["data"]
             run.load_data()
         run.prepare(tuned["structure"])
         run.touched |= set(tuned["weights"]) & run.base_names

@@ -577,6 +577,8 @@ def test_a_run_does_not_go_on_with_other_data(in_tmp: Path, monkeypatch: pytest.
     monkeypatch.setattr(tools, "train", resumed)
     with pytest.raises(UserError, match="data file: it changed since this run began"):
         train_cut_short(*words, folder=in_tmp / "other", at=5)
+    with pytest.raises(UserError, match="data file: it changed since this run began"):
+        Run.open(in_tmp / "same", data=True)
 
 
 def test_formats_are_declared_once() -> None:

@@ -152,6 +152,14 @@ class Seen:
     x: float
     y: float
 
+    def words(self) -> str:
+        """`2 red circles left`."""
+        if not self.count or self.shape is None:
+            return "nothing"
+        across = "left" if self.x < 0.45 else "right" if self.x > 0.55 else ""
+        down = "top" if self.y < 0.45 else "bottom" if self.y > 0.55 else ""
+        return f"{self.count} {self.colour} {plural(self.shape, self.count)} {f'{down} {across}'.strip() or 'centre'}"
+
     def shows(self, asked: Asked) -> dict[str, bool]:
         """Which of what was asked for is there."""
         inside = {
@@ -191,7 +199,7 @@ def templates() -> Tensor:
 
 def regions(mask: Tensor) -> Tensor:
     """Connected regions of a mask (n, h, w): each pixel has its region's number, 0 outside; neighbours share a side."""
-    n, height, width = mask.shape
+    _, height, width = mask.shape
     number = torch.arange(1, height * width + 1, dtype=torch.float32).view(1, height, width) * mask
     while True:
         grown = number

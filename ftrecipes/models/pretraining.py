@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -90,28 +92,31 @@ SHAPES = {"tiny-llama": tiny_llama, "tiny-vit": tiny_vit, "tiny-sd": tiny_sd, "t
 
 
 def make(name: str, words: list[str]) -> dict[str, Any]:
-    """Pretrain and package one model; further words are overrides, for trying things out."""
+    """Pretrain one model and, when all is done, put it in the place of the packaged one; further words are overrides."""
     from ftrecipes.compose import compose
     from ftrecipes.record import Record
     from ftrecipes.report.console import Console
     from ftrecipes.run import Run, quiet
 
     quiet()
-    folder = PACKAGED / name
-    folder.mkdir(parents=True, exist_ok=True)
-    SHAPES[name](folder)
+    start = Path("outputs") / "pretraining" / name
+    start.mkdir(parents=True, exist_ok=True)
+    SHAPES[name](start)
     recipe = f"pretrain/{name.replace('-', '_')}"
-    settings = compose([f"recipe={recipe}", *words])
-    record = Record(Path("outputs") / "pretraining" / f"{name}-{settings.hash}")
+    settings = compose([f"recipe={recipe}", f"model.path={start}", *words])
+    record = Record(start.with_name(f"{name}-{settings.hash}"))
     record.lock()
     run = Run(settings, record, Console())
     results = run.train()
     model = run.merge().to(torch.bfloat16)
+    finished = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=PACKAGED))
+    shutil.copytree(start, finished, dirs_exist_ok=True)
     for companion in run.task.companions():
         companion.to(torch.bfloat16)
-    run.task.save_model(model, folder, "1GB")
+    run.task.save_model(model, finished, "1GB")
     summary = {
         "recipe": str((RECIPES / f"{recipe}.yaml").relative_to(RECIPES.parent)),
+        "overrides": words,
         "seed": settings.seed,
         "steps": results["steps"],
         "parameters": results["total"],
@@ -119,7 +124,12 @@ def make(name: str, words: list[str]) -> dict[str, Any]:
         "after": results["after"],
         "seconds": record.info["seconds"],
     }
-    (folder / "recipe.json").write_text(json.dumps(summary, indent=1) + "\n")
+    (finished / "recipe.json").write_text(json.dumps(summary, indent=1) + "\n")
+    for file in finished.rglob("*"):
+        file.chmod(0o755 if file.is_dir() else 0o644)
+    finished.chmod(0o755)
+    shutil.rmtree(PACKAGED / name, ignore_errors=True)
+    finished.replace(PACKAGED / name)
     return summary
 
 

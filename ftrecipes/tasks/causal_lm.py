@@ -6,6 +6,7 @@ float32 buffer: the full float32 logits do not exist at any moment.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 IGNORE = -100
 CHUNK = 2**24
+SAMPLE_TOKENS = 24  # of an answer that is only looked at
 """Largest float32 buffer of logits, in numbers (64 MiB)."""
 
 
@@ -312,16 +314,22 @@ class CausalLM(Task):
             else:
                 *prompt, last = messages_of(example)
                 asked, wanted = prompt[-1]["content"] if prompt else "", last["content"]
-            out.append({"prompt": asked, "wanted": wanted.strip(), "answer": self.generate(run.model, prompt)})
+            if len(self._asked(prompt)) + SAMPLE_TOKENS > getattr(run.model.config, "max_position_embeddings", math.inf):
+                continue
+            answer = self.generate(run.model, prompt, max_new_tokens=SAMPLE_TOKENS)
+            out.append({"prompt": asked, "wanted": wanted.strip(), "answer": answer})
         return out
+
+    def _asked(self, prompt: str | list[dict[str, str]]) -> list[int]:
+        """The tokens of a dialogue that wants an answer, or of a raw text that wants to go on."""
+        ids = self._fast.encode(prompt if isinstance(prompt, str) else self.render(prompt, prompt=True), add_special_tokens=False).ids
+        return self._start + ids if isinstance(prompt, str) or not self.chat else ids
 
     @torch.no_grad()
     def generate(self, model: Any, prompt: str | list[dict[str, str]], *, max_new_tokens: int = 48, **options: Any) -> str:
         """The model's answer to a dialogue, or what follows a raw text; greedy unless options say otherwise."""
         device = next(model.parameters()).device
-        ids = self._fast.encode(prompt if isinstance(prompt, str) else self.render(prompt, prompt=True), add_special_tokens=False).ids
-        if isinstance(prompt, str) or not self.chat:
-            ids = self._start + ids
+        ids = self._asked(prompt)
         tokens = torch.tensor([ids], device=device)
         was_training = model.training
         model.eval()

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ftrecipes.data.scenes import ASKED, parse, score
+from ftrecipes.data.scenes import ASKED, parse, read, score
 from ftrecipes.errors import UserError
 from ftrecipes.rng import generator
 from ftrecipes.tasks import samplers
@@ -304,14 +304,23 @@ class Denoising(Task):
             found[f"reward/{name}"] = torch.stack([values_.sum(), values_.new_tensor(float(len(values_)))]).to(losses.device)
         return found
 
-    def samples(self, run: Run, examples: Sequence[Example]) -> list[dict[str, Any]]:
-        """Sampled images (bytes, height x width x 3) for the prompts of examples."""
+    def samples(self, run: Run, examples: Sequence[Example]) -> list[dict[str, str]]:
+        """What sampled images show for the prompts of examples; the images lie in the record, `samples/<update>.png`."""
+        if not examples:
+            return []
         batch = run.move(self.collate([self.encode(example) for example in examples]))
         batch["example"] = torch.arange(len(examples))
         with run.evaluating():
             images = self.decode(self.sample(run.model, batch)).clamp(0, 1)
-        pixels = (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        return [{"prompt": e["prompt"], "image": image} for e, image in zip(examples, pixels, strict=True)]
+        if run.record:
+            folder = run.record.folder / "samples"
+            folder.mkdir(exist_ok=True)
+            picture(images).save(folder / f"{run.step:06d}.png")
+        prompts = [example["prompt"] for example in examples]
+        return [
+            {"prompt": prompt, "wanted": prompt if parse(prompt) else "", "answer": seen.words()}
+            for prompt, seen in zip(prompts, read(images), strict=True)
+        ]
 
     # -- leaving --------------------------------------------------------------------------------------------------
 
@@ -323,6 +332,20 @@ class Denoising(Task):
         kind = "unet" if hasattr(self.pipe, "unet") else "transformer"
         self.pipe.register_modules(**{kind: model})
         self.pipe.save_pretrained(folder, max_shard_size=shard, safe_serialization=True)
+
+
+def picture(images: Tensor, columns: int = 8) -> Any:
+    """Images (n, 3, h, w) from 0 to 1 side by side, as a PIL image."""
+    from PIL import Image
+
+    n, _, height, width = images.shape
+    columns = min(columns, n)
+    rows = -(-n // columns)
+    sheet = np.zeros((rows * height, columns * width, 3), np.uint8)
+    for i, pixels in enumerate((images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()):
+        top, left = i // columns * height, i % columns * width
+        sheet[top : top + height, left : left + width] = pixels
+    return Image.fromarray(sheet)
 
 
 class Diffusion(Denoising):
