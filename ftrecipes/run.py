@@ -141,8 +141,11 @@ class Run:
             raise UserError(f"nothing trains: {', '.join(m.key for m in self.stack)} left every weight frozen")
         self.touched |= set(self._trainable) & self.base_names
         if self.settings.hardware.checkpointing:
-            enable = getattr(self.model, "activation_checkpointing_enable", None) or self.model.gradient_checkpointing_enable
-            enable({"use_reentrant": False})  # type: ignore[operator]
+            if hasattr(self.model, "enable_gradient_checkpointing"):  # diffusers' word for it
+                self.model.enable_gradient_checkpointing()  # type: ignore[operator]
+            else:
+                enable = getattr(self.model, "activation_checkpointing_enable", None) or self.model.gradient_checkpointing_enable
+                enable({"use_reentrant": False})  # type: ignore[operator]
             if hasattr(self.model, "enable_input_require_grads"):
                 self.model.enable_input_require_grads()  # type: ignore[operator]
 

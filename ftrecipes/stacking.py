@@ -8,7 +8,7 @@ What a method's `about:` block says for it:
                a stack in which nobody picks trains every weight
     whole:     true when it needs all weights to be trainable (an activity schedule over full weights)
     gradients: false when its step computes no gradients
-    carrier:   {method: settings} that stands before it in a stack where nobody picks what trains
+    carrier:   methods that stand before it where nobody picks what trains, {lora: {tiny: settings, paper: settings}}
     nests:     true when its drive can run inside another one
 """
 

@@ -6,6 +6,7 @@ Both are made once, for tiny-sd; tiny-dit takes them over.
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import shutil
@@ -31,18 +32,17 @@ SEED = "tiny-sd"
 
 def tiny_sd(folder: Path) -> None:
     """Everything of tiny-sd but the weights of its UNet."""
-    from diffusers import DDIMScheduler, UNet2DConditionModel
-
+    diffusers: Any = importlib.import_module("diffusers")  # its classes are not typed
     images, asked = drawn(DRAWN)
     autoencoder(images, folder / "vae")
     tokenizer(folder / "tokenizer")
     text_encoder(images, asked, folder)
-    UNet2DConditionModel(
+    diffusers.UNet2DConditionModel(
         sample_size=SIDE // 4, in_channels=CHANNELS, out_channels=CHANNELS, cross_attention_dim=WIDTH, layers_per_block=1,
         block_out_channels=(32, 64), down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"), attention_head_dim=4, norm_num_groups=8,
     ).save_config(folder / "unet")  # fmt: skip
-    DDIMScheduler(
+    diffusers.DDIMScheduler(
         beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, timestep_spacing="trailing"
     ).save_pretrained(folder / "scheduler")
     clip = ["transformers", "CLIPTextModel"], ["transformers", "CLIPTokenizer"]
@@ -52,19 +52,20 @@ def tiny_sd(folder: Path) -> None:
 
 def tiny_dit(folder: Path) -> None:
     """Everything of tiny-dit but the weights of its transformer; autoencoder and text encoder are those of tiny-sd."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
-
+    diffusers: Any = importlib.import_module("diffusers")
     start = PACKAGED / "tiny-sd"
     shutil.copytree(start / "vae", folder / "vae", dirs_exist_ok=True)
+    config = json.loads((folder / "vae" / "config.json").read_text())
+    (folder / "vae" / "config.json").write_text(json.dumps({**config, "shift_factor": 0.0}, indent=2) + "\n")  # its pipeline adds it
     for number in ("", "_2"):
         shutil.copytree(start / "tokenizer", folder / f"tokenizer{number}", dirs_exist_ok=True)
         shutil.copytree(start / "text_encoder", folder / f"text_encoder{number}", dirs_exist_ok=True)
-    SD3Transformer2DModel(
+    diffusers.SD3Transformer2DModel(
         sample_size=SIDE // 4, patch_size=1, in_channels=CHANNELS, out_channels=CHANNELS, num_layers=3, num_attention_heads=4,
         attention_head_dim=20, joint_attention_dim=2 * WIDTH, caption_projection_dim=80, pooled_projection_dim=2 * WIDTH,
         pos_embed_max_size=SIDE // 4,
     ).save_config(folder / "transformer")  # fmt: skip
-    FlowMatchEulerDiscreteScheduler(shift=1.0).save_pretrained(folder / "scheduler")
+    diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0).save_pretrained(folder / "scheduler")
     clip = ["transformers", "CLIPTextModelWithProjection"], ["transformers", "CLIPTokenizer"]
     parts = {"transformer": ["diffusers", "SD3Transformer2DModel"], "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}
     encoders = {f"{name}{n}": kind for n in ("", "_2") for name, kind in zip(("text_encoder", "tokenizer"), clip, strict=True)}
@@ -111,10 +112,9 @@ def train(parameters: list[nn.Parameter], loss: Callable[[torch.Generator], Tens
 
 def autoencoder(images: Tensor, folder: Path) -> None:
     """Train and write it, with the scale that brings its latents to unit deviation."""
-    from diffusers import AutoencoderKL
-
+    diffusers: Any = importlib.import_module("diffusers")
     torch.manual_seed(derive(SEED, "autoencoder"))
-    vae: Any = AutoencoderKL(
+    vae = diffusers.AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3, block_out_channels=(12, 24, 32),
         latent_channels=CHANNELS, sample_size=SIDE, norm_num_groups=4, mid_block_add_attention=False, force_upcast=False,
     ).to(memory_format=torch.channels_last)  # fmt: skip

@@ -13,6 +13,7 @@ window; without it (evaluation) from the example's position, so that two evaluat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -58,6 +59,10 @@ class Guided:
         null = task.nothing(len(condition["context"]))
         self.null = {name: null[name].to(t) for name, t in condition.items()}
         self.both = {name: torch.cat([self.null[name], t]) for name, t in condition.items()}
+
+    def of(self, model: nn.Module) -> Guided:
+        """The same of another model."""
+        return Guided(self.task, model, self.condition, self.guidance)
 
     def pair(self, x: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
         """The network's outputs for the empty and for the given prompts, each (n, …), in one call."""
@@ -196,6 +201,14 @@ class Denoising(Task):
         """A level of noise as the model is trained with, a scalar."""
         raise NotImplementedError
 
+    def log_snr(self) -> Tensor:
+        """The logarithm of the signal-to-noise ratio at all levels, or at both ends of a range."""
+        raise NotImplementedError
+
+    def level_at(self, log_snr: Tensor) -> Tensor:
+        """The levels of these ratios (n,); the nearest where levels are discrete."""
+        raise NotImplementedError
+
     def mix(self, x0: Tensor, noise: Tensor, level: Tensor) -> Tensor:
         """Noisy latents."""
         raise NotImplementedError
@@ -210,7 +223,7 @@ class Denoising(Task):
 
     def seeds(self, batch: Batch) -> list[int]:
         """One seed an example: of the window's draw, else its position."""
-        return [int(s) for s in batch.get("draw", batch["example"]).tolist()]
+        return [int(s) for s in (batch["draw"] if "draw" in batch else batch["example"]).tolist()]
 
     def drawn(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Clean latents x0, noise and level of a batch."""
@@ -384,6 +397,12 @@ class Diffusion(Denoising):
     def draw_level(self, rng: torch.Generator) -> Tensor:
         return torch.randint(0, len(self.alphas), (), generator=rng)
 
+    def log_snr(self) -> Tensor:
+        return (self.alphas / (1 - self.alphas)).log()
+
+    def level_at(self, log_snr: Tensor) -> Tensor:
+        return (log_snr[:, None] - self.log_snr().to(log_snr)).abs().argmin(1)
+
     def scales(self, level: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(ab) and sqrt(1 - ab) of levels, shaped to multiply latents."""
         ab = self.alphas.to(level.device)[level].view(-1, *[1] * (like.dim() - 1))
@@ -462,6 +481,12 @@ class Flow(Denoising):
     def draw_level(self, rng: torch.Generator) -> Tensor:
         u = torch.randn((), generator=rng).sigmoid() if self.law == "logit_normal" else torch.rand((), generator=rng)
         return self.shift * u / (1 + (self.shift - 1) * u)
+
+    def log_snr(self) -> Tensor:
+        return torch.tensor([math.inf, -math.inf])
+
+    def level_at(self, log_snr: Tensor) -> Tensor:
+        return torch.sigmoid(-log_snr.double() / 2).float()
 
     def mix(self, x0: Tensor, noise: Tensor, level: Tensor) -> Tensor:
         t = level.view(-1, *[1] * (x0.dim() - 1)).to(x0)
