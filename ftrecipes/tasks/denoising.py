@@ -117,11 +117,9 @@ class Denoising(Task):
 
     def collate(self, encoded: Sequence[Encoded]) -> Batch:
         """moments (n, 2 channels, h, w) of the latents, the encoded prompts, and the prompts themselves."""
-        new = [e for e in encoded if "moments" not in e]
-        if new:
-            pixels = torch.stack([self.fitted(e["pixels"]) for e in new])
-            for e, moments in zip(new, self.moments(pixels), strict=True):
-                e["moments"] = moments
+        for e in encoded:
+            if "moments" not in e:  # one by one: in other company the last bits would differ, and a resumed run with them
+                e["moments"] = self.moments(self.fitted(e["pixels"])[None])[0]
         prompts = [e["prompt"] for e in encoded]
         return {"moments": torch.stack([e["moments"] for e in encoded]), "prompt": prompts, **self.texts(prompts)}
 
@@ -173,10 +171,9 @@ class Denoising(Task):
             if len(self._prompts) + len(new) > PROMPTS:
                 self._prompts.clear()
                 new = sorted(set(prompts))
-            with torch.no_grad():
-                found = {name: t.detach().cpu() for name, t in self.encode_prompts(new).items()}
-            for i, prompt in enumerate(new):
-                self._prompts[prompt] = {name: t[i] for name, t in found.items()}
+            for prompt in new:  # one by one, as images are
+                with torch.no_grad():
+                    self._prompts[prompt] = {name: t[0].detach().cpu() for name, t in self.encode_prompts([prompt]).items()}
         return {name: torch.stack([self._prompts[p][name] for p in prompts]) for name in self._prompts[prompts[0]]}
 
     def encode_prompts(self, prompts: list[str]) -> Condition:
