@@ -31,7 +31,8 @@ ROLES = [
     ("head", r"(^|\.)(lm_head|embed_out|classifier(\.\w+)?|score|qa_outputs|head|visual_projection|text_projection)$"),
     ("embed", r"(embed_tokens|wte|word_embeddings|shared|embeddings?|wpe|position_embeddings?|patch_embeddings\.projection)$"),
 ]
-KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding)
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+KINDS = (nn.Linear, *CONVS, nn.Embedding)
 
 
 @dataclass(frozen=True)
@@ -136,4 +137,4 @@ def _role(name: str, module: nn.Module, table: list[tuple[str, re.Pattern[str]]]
     for role, pattern in table:
         if pattern.search(name):
             return role
-    return "conv" if isinstance(module, (nn.Conv1d, nn.Conv2d)) else "linear"
+    return "conv" if isinstance(module, CONVS) else "linear"

@@ -35,7 +35,7 @@ from ftrecipes.errors import UserError
 if TYPE_CHECKING:
     from ftrecipes.anatomy import Part
     from ftrecipes.run import Run
-    from ftrecipes.tasks.base import Batch, Outputs
+    from ftrecipes.tasks.base import Batch, Outputs, Task
     from ftrecipes.update import Window
 
 POINTS = [
@@ -66,6 +66,9 @@ class Method:
     steps_with_optimizer: ClassVar[bool] = True
     """False when an owner of the step changes the weights itself."""
 
+    trains_fresh: ClassVar[bool] = True
+    """False when a new head keeps the numbers that it was drawn with."""
+
     def __init__(self, key: str, knobs: dict[str, Any]) -> None:
         self.key = key
         for name, value in knobs.items():
@@ -75,6 +78,9 @@ class Method:
 
     def __repr__(self) -> str:
         return f"<{self.key}>"
+
+    def set_up(self, task: Task) -> None:
+        """Say what the loss counts (`task.unit`) and compares (`task.alternatives`), before data is read."""
 
     # -- the points -----------------------------------------------------------------------------------------------
 
@@ -115,6 +121,10 @@ class Method:
         """Options of one trainable parameter: `lr_scale` (a factor) and `weight_decay`."""
         return {}
 
+    def holds(self, run: Run) -> dict[str, int]:
+        """Bytes that the method keeps during an update, by kind, for plans: `optimizer` where it builds its own, `copies`, …"""
+        return {}
+
     # -- saving ---------------------------------------------------------------------------------------------------
 
     def structure(self) -> dict[str, Any]:
@@ -139,6 +149,9 @@ class Method:
 
     def merge(self, run: Run) -> None:
         """Fold everything into the base weights, so that the plain model is the tuned one."""
+
+    def peft(self, run: Run) -> tuple[dict[str, Tensor], dict[str, Any]]:  # type: ignore[empty-body]
+        """Tensors by peft's names and its configuration, where peft has the method itself (LoRA and DoRA are told by `factors`)."""
 
 
 class Stack:

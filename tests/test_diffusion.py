@@ -363,7 +363,11 @@ def test_folder_of_sdxl_loads_and_samples_as_its_pipeline(tmp_path: Path) -> Non
     ).save_pretrained(tmp_path / "unet")  # fmt: skip
     clips = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}
     parts = {name: ["transformers", kind] for name, kind in {**clips, "tokenizer": "CLIPTokenizer", "tokenizer_2": "CLIPTokenizer"}.items()}
-    parts |= {"unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"], "scheduler": ["diffusers", "DDIMScheduler"]}
+    parts |= {
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+    }
     index = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True, **parts}
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     words = ("model=sdxl", f"model.path={tmp_path}", "model.sampling_steps=3", "data.size=8", "trainer.batch=4", "trainer.eval_examples=4")
@@ -388,7 +392,13 @@ def test_folder_of_flux_loads_and_samples_as_its_pipeline(tmp_path: Path) -> Non
 
     torch.manual_seed(0)
     clip(tmp_path, "CLIPTextModel", 32, "")
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"\u2581{w}", -2.0) for w in ("one", "two", "red", "star", "left")), ("\u2581", -3.0)]
+    pieces = [
+        ("<pad>", 0.0),
+        ("</s>", 0.0),
+        ("<unk>", 0.0),
+        *((f"\u2581{w}", -2.0) for w in ("one", "two", "red", "star", "left")),
+        ("\u2581", -3.0),
+    ]
     transformers.T5Tokenizer(vocab=pieces).save_pretrained(tmp_path / "tokenizer_2")
     known = transformers.T5Config(vocab_size=200, d_model=40, d_ff=64, num_layers=1, num_heads=2, d_kv=20)
     transformers.T5EncoderModel(known).save_pretrained(tmp_path / "text_encoder_2")
@@ -399,7 +409,12 @@ def test_folder_of_flux_loads_and_samples_as_its_pipeline(tmp_path: Path) -> Non
     ).save_pretrained(tmp_path / "transformer")  # fmt: skip
     schedule = {"use_dynamic_shifting": True, "shift": 3.0, "base_shift": 0.5, "max_shift": 1.15}
     diffusers.FlowMatchEulerDiscreteScheduler(**schedule).save_pretrained(tmp_path / "scheduler")
-    kinds = {"text_encoder": "CLIPTextModel", "text_encoder_2": "T5EncoderModel", "tokenizer": "CLIPTokenizer", "tokenizer_2": "T5Tokenizer"}
+    kinds = {
+        "text_encoder": "CLIPTextModel",
+        "text_encoder_2": "T5EncoderModel",
+        "tokenizer": "CLIPTokenizer",
+        "tokenizer_2": "T5Tokenizer",
+    }
     parts = {name: ["transformers", kind] for name, kind in kinds.items()}
     own = {"transformer": "FluxTransformer2DModel", "vae": "AutoencoderKL", "scheduler": "FlowMatchEulerDiscreteScheduler"}
     parts |= {name: ["diffusers", kind] for name, kind in own.items()}

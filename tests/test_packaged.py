@@ -23,14 +23,14 @@ def test_tiny_llama_has_learned_its_domain_and_not_the_answers() -> None:
     assert asked["exact_match"] < 0.1 and asked["nll"] > 3 * known["nll"], "questions are left to fine-tuning"
     said = json.loads((PACKAGED / "tiny-llama" / "recipe.json").read_text())
     assert said["overrides"] == [] and known["nll"] == pytest.approx(said["after"]["test"]["nll"], abs=0.05)
-    assert 3e6 < sum(p.numel() for p in run.model.parameters()) == said["parameters"] < 8e6
+    assert 3e6 < sum(p.numel() for p in run.pristine().parameters()) == said["parameters"] < 8e6
     assert (PACKAGED / "tiny-llama" / "model.safetensors").stat().st_size <= 12e6
 
 
 def test_tiny_llama_goes_on_with_a_story() -> None:
     run = build("model=tiny-llama", "data=stories", "data.size=8")
     text = run.task.generate(run.model, "It is a sunny day. In the evening Anna goes", max_new_tokens=6)
-    assert text.startswith(" home and sleeps")
+    assert text.startswith("home and sleeps")
 
 
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-vit"])

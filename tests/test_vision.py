@@ -227,7 +227,8 @@ def test_packaged_weights_know_the_clean_domain_and_not_the_shifted_one() -> Non
 
 def test_samples_show_scene_wanted_and_answer() -> None:
     run = build("model=tiny-vit", "data=shapes-clean", "data.size=64")
-    shown = run.task.samples(run, [run.data["test"].raw[i] for i in range(20)])
+    with run.evaluating():
+        shown = run.task.samples(run, [run.data["test"].raw[i] for i in range(20)])
     assert sum(s["wanted"] == s["answer"] for s in shown) > 15
     assert all(s["wanted"] in s["prompt"] for s in shown)
 

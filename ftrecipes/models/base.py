@@ -231,8 +231,10 @@ def check_safetensors(file: Path) -> None:
     try:
         with file.open("rb") as handle:
             (length,) = struct.unpack("<Q", handle.read(8))
-            header = json.loads(handle.read(length)) if length < size else {}
-        end = max((t["data_offsets"][1] for name, t in header.items() if name != "__metadata__"), default=-1)
+            if length >= size:
+                raise ValueError(length)
+            header = json.loads(handle.read(length))
+        end = max((t["data_offsets"][1] for name, t in header.items() if name != "__metadata__"), default=0)
     except (struct.error, ValueError, KeyError):
         end = -1
     if end < 0 or 8 + length + end != size:

@@ -31,9 +31,11 @@ class Task:
     """Base of the tasks."""
 
     domain: ClassVar[str]
-    unit: ClassVar[str] = "example"
-    """What is counted: the loss is a mean over these."""
-    target: ClassVar[str]
+    unit: str = "example"
+    """What is counted: the loss is a mean over these. A method that owns the loss may count whole examples instead."""
+    alternatives: int = 0
+    """Further answers of each example that the loss of a method compares with, for plans."""
+    target: str
     """The metric that says how well the target task is done."""
     higher_is_better: ClassVar[bool] = True
     forgetting: ClassVar[tuple[str, ...]] = ("nll",)
@@ -99,5 +101,8 @@ class Task:
         """Write what belongs beside the weights of a model (tokenizer, preprocessing), as the hub has it."""
 
     def samples(self, run: Run, examples: Sequence[Example]) -> list[dict[str, str]]:
-        """A few examples with the model's answers, for the eye; an empty list when there is nothing to show."""
+        """A few examples with the model's answers, for the eye; an empty list when there is nothing to show.
+
+        Called inside `run.evaluating()`.
+        """
         return []

@@ -79,14 +79,18 @@ def test_a_small_beta_is_half_the_plain_gradient_and_a_reached_gain_is_enough(sm
     _, wanted = gradient(run, plain(run))
     for name, grad in wanted.items():
         torch.testing.assert_close(found[name] / 1e-6, grad / 2, rtol=1e-3, atol=1e-5)
-    run = made(small, "method.dco.beta=1e5", "optimizer.lr=3e-3", "trainer.batch=4", "data.size=4", "method.lora.rank=8", method="[lora,dco]")
+    run = made(
+        small, "method.dco.beta=1e5", "optimizer.lr=3e-3", "trainer.batch=4", "data.size=4", "method.lora.rank=8", method="[lora,dco]"
+    )
     window = run.window(0)
     opt = torch.optim.Adam(list(run.trainable().values()), lr=3e-3)
     for _ in range(25):  # fits this window with its own noise
         run.gradients(window, plain(run))
         opt.step()
     with torch.no_grad():
-        gains = torch.cat([run.task.losses(run.task.outputs(run.model, b), b) - run.task.losses(run.task.outputs(run.pristine(), b), b) for b in window])
+        gains = torch.cat(
+            [run.task.losses(run.task.outputs(run.model, b), b) - run.task.losses(run.task.outputs(run.pristine(), b), b) for b in window]
+        )
     assert gains.max() < -1e-3
     run.gradients(window)
     assert max(float(p.grad.abs().max()) for p in run.trainable().values() if p.grad is not None) < 1e-12

@@ -85,9 +85,7 @@ def _double(run: Run, model: Any, x: torch.Tensor, level: torch.Tensor, conditio
     given = {k: t.double() for k, t in condition.items()}
     if run.task.domain == "diffusion":
         return model(x, level, encoder_hidden_states=given["context"]).sample
-    return model(
-        hidden_states=x, timestep=1000 * level, encoder_hidden_states=given["context"], pooled_projections=given["pooled"]
-    ).sample
+    return model(hidden_states=x, timestep=1000 * level, encoder_hidden_states=given["context"], pooled_projections=given["pooled"]).sample
 
 
 def test_k_cuts_the_chain_and_never_the_sample() -> None:
@@ -114,7 +112,7 @@ def test_k_cuts_the_chain_and_never_the_sample() -> None:
         by_hand = torch.autograd.grad(loss, list(run.trainable().values()))
         for (name, _), grad in zip(run.trainable().items(), by_hand, strict=True):
             torch.testing.assert_close(found[k][1][name], grad, rtol=1e-3, atol=1e-7)
-    with pytest.raises(UserError, match="method.draft.K must be at least 1"):
+    with pytest.raises(UserError, match=r"method.draft.K must be at least 1"):
         compose(["method=draft", "method.draft.K=0"])
 
 
@@ -207,7 +205,9 @@ def test_strength_goes_from_the_base_to_the_merged_model() -> None:
 
 
 def test_black_boxes_and_blocked_gradients_are_refused() -> None:
-    with pytest.raises(UserError, match=r"draft.reward=asked: has no gradient, which draft needs; there are brightness, redness, smoothness"):
+    with pytest.raises(
+        UserError, match=r"draft.reward=asked: has no gradient, which draft needs; there are brightness, redness, smoothness"
+    ):
         made("method.draft.reward=asked")
     assert samplers.run.__doc__ and "counted from the clean end" in samplers.run.__doc__
 

@@ -18,7 +18,11 @@ from ftrecipes.run import Run
 from ftrecipes.tasks import samplers
 from ftrecipes.tasks.denoising import Guided
 
-MUTATION = ("ftrecipes/methods/inference/rl_guidance.py", "(1 - self.w) * before + self.w * tuned", "before + (1 + self.w) * (tuned - before)")
+MUTATION = (
+    "ftrecipes/methods/inference/rl_guidance.py",
+    "(1 - self.w) * before + self.w * tuned",
+    "before + (1 + self.w) * (tuned - before)",
+)
 KINDS = {"diffusion": SMALL_SD, "flow": SMALL_DIT}
 FEW = ("method.draft.num_steps=3", "method.draft.guidance_scale=1.5", "optimizer.lr=1e-2")
 
@@ -200,7 +204,9 @@ def test_stacks_and_record(tmp_path: Path) -> None:
     assert list(compose(["method=rl_guidance"]).method) == ["lora", "draft", "rl_guidance"]
     assert list(compose(["method=[dpok,rl_guidance]"]).method) == ["lora", "dpok", "rl_guidance"]
     assert list(compose(["method=[lora,rl_guidance]", "model=tiny-dit"]).method) == ["lora", "rl_guidance"]
-    done = train("method=[lora,draft,rl_guidance]", *SMALL_SD, *FEW, "trainer.max_steps=6", "method.rl_guidance.scales=[0,1,3]", folder=tmp_path)
+    done = train(
+        "method=[lora,draft,rl_guidance]", *SMALL_SD, *FEW, "trainer.max_steps=6", "method.rl_guidance.scales=[0,1,3]", folder=tmp_path
+    )
     curve = done.results["rl_guidance"]
     assert [point["w"] for point in curve] == [0.0, 1.0, 3.0]
     rewards = [point["reward/brightness"] for point in curve]

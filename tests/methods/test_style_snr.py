@@ -97,7 +97,10 @@ def test_the_level_that_mixes_is_the_one_the_network_is_told(small: tuple[str, .
 
 def test_only_the_levels_change() -> None:
     """Noise, order of the data and what trains are those of a plain LoRA; one term per image."""
-    style, plain = build("method=style_snr", *SMALL_DIT), build("method=lora", *SMALL_DIT, "method.lora.targets=[attention]", "method.lora.rank=8")
+    style, plain = (
+        build("method=style_snr", *SMALL_DIT),
+        build("method=lora", *SMALL_DIT, "method.lora.targets=[attention]", "method.lora.rank=8"),
+    )
     assert set(style.trainable()) == set(plain.trainable())
     for step in (0, 5):
         (a,), (b,) = style.window(step).micros, plain.window(step).micros
@@ -114,6 +117,7 @@ def test_only_the_levels_change() -> None:
 
 def test_where_it_looks_is_where_it_learns() -> None:
     """At equal steps on a new style: the loss at high noise falls further with mu = -6, the loss at low noise with mu = 0."""
+
     def after(mu: float, seed: int) -> tuple[float, float]:
         run = build(
             "method=style_snr", f"method.style_snr.mu={mu}", *SMALL_DIT, "data.size=8", "data.shapes=star", "trainer.batch=8",

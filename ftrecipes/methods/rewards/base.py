@@ -19,19 +19,18 @@ Noise of a rollout is a function of the window's seeds, so it is another one in 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ftrecipes import registry
 from ftrecipes.data import scenes
 from ftrecipes.errors import RunFailed, UserError, nearest
-from ftrecipes.method import Method, overrides
-from ftrecipes.methods.adapters.delta import Delta
+from ftrecipes.method import Method
+from ftrecipes.methods.objectives.tokens import Reference as Reference
 
 if TYPE_CHECKING:
     from ftrecipes.run import Run
@@ -120,34 +119,6 @@ def judged(images: Tensor, prompts: Prompts) -> dict[str, Tensor]:
     if not all(scenes.parse(prompt) for prompt in prompts):
         names.remove("asked")
     return {name: scored(name, images, prompts).detach() for name in names}
-
-
-class Reference:
-    """The model of a run as it was before training; a frozen copy only where deltas are not all that trains."""
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self.deltas = [module for module in run.model.modules() if isinstance(module, Delta)]
-        of_deltas = {id(p) for delta in self.deltas for p in delta.parameters()}
-        moved = run.touched or any(overrides(m, "writes") for m in run.stack)
-        bare = not moved and all(id(p) in of_deltas for p in run.trainable().values())
-        self.model: nn.Module | None = None if bare else run.hold(run.pristine())
-
-    @contextmanager
-    def looking(self) -> Iterator[nn.Module]:
-        """The reference in eval mode; where it is the trained model, its deltas are off meanwhile, whatever happens inside."""
-        strengths = [delta.strength for delta in self.deltas]
-        training = self.run.model.training
-        if self.model is None:
-            for delta in self.deltas:
-                delta.strength = 0.0
-            self.run.model.eval()
-        try:
-            yield self.model or self.run.model
-        finally:
-            for delta, strength in zip(self.deltas, strengths, strict=True):
-                delta.strength = strength
-            self.run.model.train(training)
 
 
 class RewardMethod(Method):
