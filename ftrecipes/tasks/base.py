@@ -39,9 +39,9 @@ class Task:
     """The metric that says how well the target task is done."""
     higher_is_better: ClassVar[bool] = True
     forgetting: ClassVar[tuple[str, ...]] = ("nll",)
+    """The metrics that are shown of the retained set."""
     library: ClassVar[str] = "transformers"
     """Whose format a merged model has."""
-    """The metrics that are shown of the retained set."""
 
     def encode(self, example: Example) -> Encoded:
         """One raw example as what `collate` takes; `lost` may list what of it cannot be learned ("their end at …").

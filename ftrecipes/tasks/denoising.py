@@ -83,7 +83,7 @@ class Denoising(Task):
     guidance: of sampling. prompt_length: tokens of a T5 encoder. dropout: share of training prompts that become empty.
     """
 
-    unit: ClassVar[str] = "image"
+    unit = "image"
     library: ClassVar[str] = "diffusers"
     target = "exact"
     forgetting: ClassVar[tuple[str, ...]] = ("exact", "loss")
