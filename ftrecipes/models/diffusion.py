@@ -166,7 +166,12 @@ def companion(settings: Settings, place: Path, component: str, kind: str, meta: 
             with torch.device("meta"):
                 return cls._from_config(transformers.AutoConfig.from_pretrained(place), dtype=dtype_of(settings))
         check_weights(place)
-        return cls.from_pretrained(place, dtype=dtype_of(settings), use_safetensors=True, local_files_only=True)
+        model, info = cls.from_pretrained(
+            place, dtype=dtype_of(settings), use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+        if missing := sorted(info["missing_keys"]):
+            raise UserError(f"{place}: {len(missing)} weights are missing, {missing[0]} first")
+        return model
     raise UserError(f"{place}: {component} is a {kind}, which is not supported here")
 
 

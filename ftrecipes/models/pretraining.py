@@ -111,9 +111,7 @@ def make(name: str, words: list[str]) -> dict[str, Any]:
     model = run.merge().to(torch.bfloat16)
     finished = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=PACKAGED))
     shutil.copytree(start, finished, dirs_exist_ok=True)
-    for companion in run.task.companions():
-        companion.to(torch.bfloat16)
-    run.task.save_model(model, finished, "1GB")
+    model.save_pretrained(finished / run.task.part, max_shard_size="1GB")  # type: ignore[operator]
     summary = {
         "recipe": str((RECIPES / f"{recipe}.yaml").relative_to(RECIPES.parent)),
         "overrides": words,

@@ -42,6 +42,8 @@ class Task:
     """The metrics that are shown of the retained set."""
     library: ClassVar[str] = "transformers"
     """Whose format a merged model has."""
+    part: str = ""
+    """The sub-folder of the tuned model in that format."""
 
     def encode(self, example: Example) -> Encoded:
         """One raw example as what `collate` takes; `lost` may list what of it cannot be learned ("their end at …").

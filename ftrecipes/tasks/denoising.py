@@ -93,6 +93,7 @@ class Denoising(Task):
         images: int, dropout: float,
     ) -> None:  # fmt: skip
         self.pipe, self.vae = pipe, pipe.vae
+        self.part = "unet" if hasattr(pipe, "unet") else "transformer"
         self.size, self.positions = size, positions
         self.steps, self.guidance, self.prompt_length, self.images, self.dropout = steps, guidance, prompt_length, images, dropout
         self.guide: Callable[[Predict], Predict] | None = None
@@ -339,8 +340,7 @@ class Denoising(Task):
 
     def save_model(self, model: nn.Module, folder: Path, shard: str) -> None:
         """The whole pipeline in the hub's format, the tuned denoiser in it."""
-        kind = "unet" if hasattr(self.pipe, "unet") else "transformer"
-        self.pipe.register_modules(**{kind: model})
+        self.pipe.register_modules(**{self.part: model})
         self.pipe.save_pretrained(folder, max_shard_size=shard, safe_serialization=True)
 
 
