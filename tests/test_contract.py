@@ -9,10 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tools import SMALL, build, small, train, weights
-from generators import SMALL_DIT, SMALL_SD
-from test_vision import SMALL_VIT
-from tools import SMALL, build, train, weights
+from tools import SMALL, SMALL_VIT, build, small, train, weights
 
 from ftrecipes import catalogue, registry, stacking
 from ftrecipes.compose import compose
@@ -33,14 +30,11 @@ KNOBS: dict[str, list[str]] = {
     "sparse_ft_llm": ["method.sparse_ft_llm.reselection_steps=2", "method.sparse_ft_llm.selection_accumulation_steps=1"],
     "periodic_lora": ["method.periodic_lora.stage_steps=2"],
     "taft": ["method.taft.shards=1"],
-}
-# How a method that finds its own rate takes a given one.
-RATE: dict[str, list[str]] = {"oasis": ["method.oasis.adaptive_lr=false"]}
     "draft": ["method.draft.num_steps=3"],
     "dpok": ["method.dpok.num_steps=3", "method.dpok.p_batch_size=4", "method.dpok.v_batch_size=8"],
 }
-# Small random models of the domains; of several that would do, the first is taken.
-SMALLS = {"causal-lm": SMALL, "vit": SMALL_VIT, "diffusion": SMALL_SD, "flow": SMALL_DIT}
+# How a method that finds its own rate takes a given one.
+RATE: dict[str, list[str]] = {"oasis": ["method.oasis.adaptive_lr=false"]}
 # Which parts of the contract do not apply, and why.
 EXEMPT: dict[tuple[str, str], str] = {
     **{(m, "events"): "the mechanism is the added module itself" for m in ("lora", "dora", "svft")},
@@ -51,19 +45,6 @@ EXEMPT: dict[tuple[str, str], str] = {
     ("taft", "hardware.checkpointing=true"): "refused: what is computed anew would lack the tangents",
     ("eva", "count"): "the data decide how a budget of ranks is shared by weights of different sizes; a plan shares it evenly",
 }
-
-
-def domains(method: str) -> set[str]:
-    """Of the domains that the contract has a small model for, those that a method is for."""
-    named = catalogue.get("method", method).about["domains"]
-    return set(SMALLS) if "any" in named else set(SMALLS) & set(named)
-
-
-def small(*methods: str) -> tuple[str, ...]:
-    """A small model that all of the methods are for."""
-    common = set.intersection(*map(domains, methods))
-    assert common, f"the contract has no small model for {' and '.join(methods)}"
-    return next(words for domain, words in SMALLS.items() if domain in common)
 
 
 def words(method: str, *more: str) -> list[str]:
@@ -150,7 +131,7 @@ def test_reloads_and_merges_to_equal_outputs(method: str, tmp_path: Path) -> Non
 def test_two_seeds_differ_and_one_repeats(method: str) -> None:
     def final(seed: int) -> dict[str, torch.Tensor]:
         run = build(
-            *words(method, f"seed={seed}", *(["model.architecture.num_hidden_layers=1"] if domains(method) & {"causal-lm", "vit"} else []))
+            *words(method, f"seed={seed}", *(["model.architecture.num_hidden_layers=1"] if small(method) in (SMALL, SMALL_VIT) else []))
         )
         run.stack.drive(run, run.fit)
         return weights(run)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from generators import SMALL_DIT, SMALL_SD
 from safetensors.torch import load_file
 
 from ftrecipes import catalogue
@@ -161,10 +162,10 @@ SMALL_VIT = (
 )
 
 
+SMALLS = {"causal-lm": SMALL, "vit": SMALL_VIT, "diffusion": SMALL_SD, "flow": SMALL_DIT}
+
+
 def small(*methods: str) -> tuple[str, ...]:
     """A small model that all of these methods are for, or nothing where there is none."""
     named = [set(catalogue.get("method", method).about["domains"]) for method in methods]
-    for domain, model in (("causal-lm", SMALL), ("vit", SMALL_VIT)):
-        if all({"any", domain} & domains for domains in named):
-            return model
-    return ()
+    return next((model for domain, model in SMALLS.items() if all({"any", domain} & domains for domains in named)), ())
