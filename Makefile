@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: train test proofs mutants lint types pretrain wheel clean
+.PHONY: train test proofs mutants catalogue lint types pretrain wheel clean
 
 train: $(VENV)/.run
 	$(BIN)/ftr train
@@ -17,6 +17,10 @@ test: $(VENV)/.dev
 # the proofs that need minutes
 proofs: $(VENV)/.dev
 	$(PYTEST) -n 2 tests/methods
+
+# every method by its name alone, as a table in benchmarks/; what did not change is not run again
+catalogue: $(VENV)/.dev
+	$(BIN)/python benchmarks/catalogue.py
 
 # every proof must turn red when its method is broken on purpose
 mutants: $(VENV)/.dev
