@@ -43,7 +43,7 @@ def check(settings: Settings) -> None:
     """Refuse a stack that cannot work, naming both sides and what to do."""
     methods = settings.methods()
     domain = settings.entry("model").about["domain"]
-    for method in methods:
+    for method in reversed(methods):  # what carries a method stands before it
         domains = method.about.get("domains", [])
         if "any" not in domains and domain not in domains:
             raise UserError(

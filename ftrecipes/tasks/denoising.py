@@ -129,6 +129,7 @@ class Denoising(Task):
         batch: Batch = {
             "moments": torch.zeros(examples, 2 * channels, *space), "noise": torch.zeros(examples, *self.latent),
             "level": self.levels(0.5, examples), "example": torch.arange(examples), "prompt": [""] * examples,
+            "seeds": [0] * examples,
         }  # fmt: skip
         return batch | {name: torch.zeros(examples, *shape) for name, shape in self.text_shapes().items()}
 
@@ -168,6 +169,8 @@ class Denoising(Task):
     def texts(self, prompts: Sequence[str]) -> Condition:
         """Encoded prompts, `context` (n, tokens, d) and, where the model takes it, `pooled` (n, p), on the CPU; kept by prompt."""
         new = sorted(set(prompts) - set(self._prompts))
+        if new and getattr(self.pipe, "text_encoder", None) is None:  # a plan without weights
+            return {name: torch.zeros(len(prompts), *shape) for name, shape in self.text_shapes().items()}
         if new:
             if len(self._prompts) + len(new) > PROMPTS:
                 self._prompts.clear()
@@ -221,6 +224,8 @@ class Denoising(Task):
 
     def seeds(self, batch: Batch) -> list[int]:
         """One seed an example: of the window's draw, else its position."""
+        if "seeds" in batch:  # a plan's tensors hold no numbers
+            return list(batch["seeds"])
         return [int(s) for s in (batch["draw"] if "draw" in batch else batch["example"]).tolist()]
 
     def drawn(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
