@@ -19,7 +19,11 @@ from ftrecipes.methods.weights.interpolation import between
 from ftrecipes.registry import data as register_data
 from ftrecipes.run import Run
 
-MUTATION = ("ftrecipes/methods/weights/interpolation.py", "delta.strength = alpha", "delta.strength = alpha * alpha")
+MUTATION = (
+    "ftrecipes/methods/weights/interpolation.py",
+    'delta.strength = factor(f"{delta.layer.name}.weight")',
+    'delta.strength = factor(f"{delta.layer.name}.weight") ** 2',
+)
 
 STEPS = ("trainer.max_steps=6", "optimizer.lr=3e-3", "schedule=constant", "schedule.warmup=0", "trainer.batch=8")
 
