@@ -50,11 +50,11 @@ class Part:
 
 
 class Anatomy:
-    """Parts and blocks of a model; `roles` maps further module names (regular expressions) to roles."""
+    """Parts and blocks of a model; `roles` maps further module names (regular expressions) to roles, `blocks` names them by depth."""
 
-    def __init__(self, model: nn.Module, roles: Iterable[tuple[str, str]] = ()) -> None:
+    def __init__(self, model: nn.Module, roles: Iterable[tuple[str, str]] = (), blocks: Sequence[str] | None = None) -> None:
         self.model = model
-        self.blocks = find_blocks(model)
+        self.blocks = find_blocks(model) if blocks is None else [(name, model.get_submodule(name)) for name in blocks]
         depth = {name: index for index, (name, _) in enumerate(self.blocks)}
         table = [(role, re.compile(pattern)) for role, pattern in (*roles, *ROLES)]
         self.parts = [

@@ -48,9 +48,9 @@ def merge(run_folder: str, to: str | None = None) -> Path:
         remark = _one_dtype(run)
         if remark:
             typer.echo(remark)
-        model.save_pretrained(folder, max_shard_size=SHARD)
+        run.task.save_model(model, folder, SHARD)
         run.task.save(folder)
-        _card(run, folder, "transformers", type(model).__name__, remark)
+        _card(run, folder, run.task.library, run.task.loader(model), remark)
     return Path(to or f"{run_folder}/merged")
 
 
@@ -91,8 +91,8 @@ def _target(run_folder: str, to: str) -> Iterator[tuple[Run, Path]]:
         umask = os.umask(0)
         os.umask(umask)
         folder.chmod(0o777 & ~umask)  # temporary folders and safetensors are made for their owner alone
-        for file in folder.iterdir():
-            file.chmod(0o666 & ~umask)
+        for file in folder.rglob("*"):
+            file.chmod((0o777 if file.is_dir() else 0o666) & ~umask)
 
 
 def _one_dtype(run: Run) -> str:
@@ -105,7 +105,8 @@ def _one_dtype(run: Run) -> str:
             exact = parameter.data
             parameter.data = exact.to(dtype)
             largest = max(largest, float((exact - parameter.data).abs().max()))
-    run.model.config.dtype = dtype  # type: ignore[union-attr, assignment]
+    if not isinstance(run.model.config, dict):  # a configuration of diffusers is fixed and holds no dtype
+        run.model.config.dtype = dtype  # type: ignore[union-attr, assignment]
     return f"rounding to {str(dtype).removeprefix('torch.')} moved no weight by more than {largest:.2e}" if largest else ""
 
 

@@ -15,6 +15,7 @@ A paper is a subclass of `Method` in a file of its own. It overrides the points 
     optimizer(run, groups)             builds the optimizer
     updated(run)                       after each update
     finish(run)                        training is over
+    sample(run, predict)               what a sampler asks at each step: returns another function in its place
 
 A window is the list of micro-batches of one update, and every point sees it whole. What must exist before weights can be
 loaded (ranks, masks, the number of merged stages) is `structure()`; what else a resumed run needs is `state_dict()`.
@@ -110,6 +111,9 @@ class Method:
     def updated(self, run: Run) -> None: ...
 
     def finish(self, run: Run) -> None: ...
+
+    def sample(self, run: Run, predict: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return predict
 
     # -- what a method can say about parameters -------------------------------------------------------------------
 
@@ -246,6 +250,12 @@ class Stack:
     def finish(self, run: Run) -> None:
         for method in self.at("finish"):
             method.finish(run)
+
+    def sample(self, run: Run, predict: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """The function that a sampler asks at each step, as the methods change it; the last one is the outermost."""
+        for method in self.at("sample"):
+            predict = method.sample(run, predict)
+        return predict
 
     def merge(self, run: Run) -> None:
         for method in self.methods:

@@ -113,7 +113,7 @@ def plan(settings: Settings) -> Plan:
     batch = settings.trainer.batch
     micro = settings.hardware.micro_batch
     per_pass = int(micro) if micro != "auto" else max(1, min(batch, run.budget // max(1, length * (1 + run.task.alternatives))))
-    fake = FakeTensorMode()
+    fake = FakeTensorMode(allow_non_fake_inputs=True)  # tables of a task stay real
     with fake:
         for held in (model, *run.held):
             to_fake(held)

@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -115,15 +116,20 @@ class Run:
             self.model.to(self.device)
             self.task.check(self.model)
             self.fingerprint = fingerprint(self.model, self.loaded.fresh)
-        self.anatomy = Anatomy(self.model, self.loaded.roles)
+        self.anatomy = Anatomy(self.model, self.loaded.roles, self.loaded.blocks)
+        for companion in self.task.companions():
+            self.hold(companion)
         self.base_names = set(self.model.state_dict(keep_vars=True))
         self.update = Update(self)
 
     def prepare(self, structure: dict[str, Any] | None = None) -> None:
         """Let the methods build themselves; afterwards what trains is fixed."""
         if self.settings.hardware.checkpointing:  # first, so that what methods look at before training is as bounded as training
-            enable = getattr(self.model, "activation_checkpointing_enable", None) or self.model.gradient_checkpointing_enable
-            enable({"use_reentrant": False})  # type: ignore[operator]
+            if hasattr(self.model, "enable_gradient_checkpointing"):  # diffusers' word for it
+                self.model.enable_gradient_checkpointing()  # type: ignore[operator]
+            else:
+                enable = getattr(self.model, "activation_checkpointing_enable", None) or self.model.gradient_checkpointing_enable
+                enable({"use_reentrant": False})  # type: ignore[operator]
             if hasattr(self.model, "enable_input_require_grads"):
                 self.model.enable_input_require_grads()  # type: ignore[operator]
         self.stack.prepare(self, structure)
@@ -139,6 +145,8 @@ class Run:
             for parameter in self.model.parameters():
                 if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
                     parameter.data = parameter.data.float()
+        if self.stack.at("sample"):
+            self.task.guide = lambda predict: self.stack.sample(self, predict)
         self._trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         if not self._trainable:
             raise UserError(f"nothing trains: {', '.join(m.key for m in self.stack)} left every weight frozen")
@@ -153,7 +161,7 @@ class Run:
         self.model = self.loaded.model = None  # type: ignore[assignment]
         self.loaded.model = self.loaded.pristine()
         self.model = self.loaded.model.to(self.device)
-        self.anatomy = Anatomy(self.model, self.loaded.roles)
+        self.anatomy = Anatomy(self.model, self.loaded.roles, self.loaded.blocks)
         self.touched = set()
         self.prepare()
         self.model.train()
@@ -270,16 +278,30 @@ class Run:
         size = batch or self.settings.trainer.batch
         dataset.epoch = step * size // len(dataset.keep)
         places = order(len(dataset.keep), self.seed, step * size, size)
-        return self.window_of(dataset, [dataset.keep[i] for i in places])
+        return self.window_of(dataset, [dataset.keep[i] for i in places], step)
 
-    def window_of(self, dataset: Dataset, positions: Sequence[int]) -> Window:
-        """A window of these examples; in a run of several processes each holds its share."""
+    def window_of(self, dataset: Dataset, positions: Sequence[int], step: int = 0) -> Window:
+        """A window of these examples; in a run of several processes each holds its share.
+
+        Every example gets a seed, `draw`, for what is random about it at this step; it does not depend on the micro-batches.
+        """
         world = self.update.world
         units = float(dataset.task.units([dataset[i] for i in positions]))
         mine = list(positions[world.rank :: world.size])
         micro = self.settings.hardware.micro_batch
         splits = micro_batches(dataset, mine, examples=None if micro == "auto" else int(micro), budget=self.budget)
-        return Window([dataset.batch(split) for split in splits], units)
+        micros = [dataset.batch(split) for split in splits]
+        times: Counter[int] = Counter()  # an example can stand in a window twice
+        seeds: list[tuple[int, int]] = []
+        for position in positions:
+            seeds.append((position, derive(self.seed, "draw", step, position, times[position])))
+            times[position] += 1
+        waiting: dict[int, list[int]] = {}
+        for position, seed in seeds[world.rank :: world.size]:
+            waiting.setdefault(position, []).append(seed)
+        for micro in micros:
+            micro["draw"] = torch.tensor([waiting[position].pop(0) for position in micro["example"].tolist()])
+        return Window(micros, units)
 
     def move(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A batch on the run's device."""

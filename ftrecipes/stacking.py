@@ -8,6 +8,7 @@ What a method's `about:` block says for it:
                a stack in which nobody picks trains every weight
     whole:     true when it needs all weights to be trainable (an activity schedule over full weights)
     gradients: false when its step computes no gradients
+    carrier:   methods that stand before it where nobody picks what trains, {lora: {tiny: settings, paper: settings}}
     nests:     true when its drive can run inside another one
     pairs:     true when it learns from chosen and rejected answers; of a data set: whether it has them
     unmergeable: why the weights of the plain model cannot hold what it made
@@ -144,9 +145,11 @@ def picking(settings: Settings) -> list[Entry]:
 def leads(settings: Settings) -> list[Entry]:
     """The methods in the order in which they supply learning rate, steps and the like.
 
-    First the one that picks what trains, else the first listed; `full` stands last where nobody picks.
+    First one that runs on a carrier (a paper that trains an adapter by a rule of its own), then the one that picks what
+    trains, else the first listed; `full` stands last where nobody picks.
     """
     methods = settings.methods()
     picks = picking(settings)
-    order: list[Any] = picks[:1] + [m for m in methods if m not in picks[:1]]
+    first = [m for m in methods if "carrier" in m.about] + picks[:1]
+    order: list[Any] = first + [m for m in methods if m not in first]
     return order if picks else [*order, catalogue.get("method", "full")]

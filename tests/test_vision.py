@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tools import build, train, weights
+from tools import SMALL_VIT, build, train, weights
 
 from ftrecipes.anatomy import Anatomy
 from ftrecipes.compose import compose
@@ -24,14 +24,6 @@ from ftrecipes.run import Run
 from ftrecipes.tasks.classification import ImageClassification
 
 METHODS = ["full", "linear_probe", "lora", "dora", "svft", "lift", "gmt", "mezo", "lisa", "wise_ft", "periodic_lora"]
-SMALL_VIT = (
-    "model=tiny-vit",
-    "model.weights=random",
-    "model.architecture={num_hidden_layers:3,hidden_size:24,intermediate_size:32,num_attention_heads:2,patch_size:8}",
-    "data.size=64",
-    "trainer.batch=8",
-    "trainer.eval_examples=16",
-)
 
 
 # -- drawing ----------------------------------------------------------------------------------------------------------

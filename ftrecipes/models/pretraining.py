@@ -74,7 +74,21 @@ def tiny_vit(folder: Path) -> None:
     (folder / "preprocessor_config.json").write_text(json.dumps(scaling, indent=1) + "\n")
 
 
-SHAPES = {"tiny-llama": tiny_llama, "tiny-vit": tiny_vit}
+def tiny_sd(folder: Path) -> None:
+    """Autoencoder, text encoder and architecture of tiny-sd."""
+    from ftrecipes.models import pretraining_images
+
+    pretraining_images.tiny_sd(folder)
+
+
+def tiny_dit(folder: Path) -> None:
+    """Architecture of tiny-dit around the autoencoder and text encoder of tiny-sd."""
+    from ftrecipes.models import pretraining_images
+
+    pretraining_images.tiny_dit(folder)
+
+
+SHAPES = {"tiny-llama": tiny_llama, "tiny-vit": tiny_vit, "tiny-sd": tiny_sd, "tiny-dit": tiny_dit}
 
 
 def make(name: str, words: list[str]) -> dict[str, Any]:
@@ -96,9 +110,8 @@ def make(name: str, words: list[str]) -> dict[str, Any]:
     results = run.train()
     model = run.merge().to(torch.bfloat16)
     finished = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=PACKAGED))
-    for file in start.iterdir():
-        shutil.copy(file, finished)
-    model.save_pretrained(finished, max_shard_size="1GB")  # type: ignore[operator]
+    shutil.copytree(start, finished, dirs_exist_ok=True)
+    model.save_pretrained(finished / run.task.part, max_shard_size="1GB")  # type: ignore[operator]
     summary = {
         "recipe": str((RECIPES / f"{recipe}.yaml").relative_to(RECIPES.parent)),
         "overrides": words,
@@ -110,8 +123,8 @@ def make(name: str, words: list[str]) -> dict[str, Any]:
         "seconds": record.info["seconds"],
     }
     (finished / "recipe.json").write_text(json.dumps(summary, indent=1) + "\n")
-    for file in finished.iterdir():
-        file.chmod(0o644)
+    for file in finished.rglob("*"):
+        file.chmod(0o755 if file.is_dir() else 0o644)
     finished.chmod(0o755)
     shutil.rmtree(PACKAGED / name, ignore_errors=True)
     finished.replace(PACKAGED / name)

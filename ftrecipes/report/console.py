@@ -132,7 +132,7 @@ def result_table(run: Run, results: dict[str, Any]) -> Table:
     names = {"test": f"target ({run.settings.data.name}, test)", "retain": f"forgetting ({run.retain_name}, held out)"}
     for split, title in names.items():
         before, after = results["before"].get(split, {}), results["after"].get(split, {})
-        wanted = [run.task.target, "nll"] if split == "test" else run.task.forgetting
+        wanted = [run.task.target, "nll", "loss"] if split == "test" else run.task.forgetting
         for metric in [m for m in dict.fromkeys(wanted) if m in after]:
             b, a = before.get(metric, float("nan")), after[metric]
             table.add_row(title, metric, f"{b:.4f}", f"{a:.4f}", f"{a - b:+.4f}")

@@ -40,6 +40,10 @@ class Task:
     higher_is_better: ClassVar[bool] = True
     forgetting: ClassVar[tuple[str, ...]] = ("nll",)
     """The metrics that are shown of the retained set."""
+    library: ClassVar[str] = "transformers"
+    """Whose format a merged model has."""
+    part: str = ""
+    """The sub-folder of the tuned model in that format."""
 
     def encode(self, example: Example) -> Encoded:
         """One raw example as what `collate` takes; `lost` may list what of it cannot be learned ("their end at …").
@@ -68,6 +72,10 @@ class Task:
         """A micro-batch of the largest size without content, for plans."""
         raise NotImplementedError
 
+    def companions(self) -> list[nn.Module]:
+        """Frozen models that the task needs beside the one that is tuned."""
+        return []
+
     def check(self, model: nn.Module) -> None:
         """Refuse a freshly loaded model that this task would get wrong."""
 
@@ -82,6 +90,14 @@ class Task:
     def measure(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Sums over a micro-batch by metric: `(total, count)` stacked as a tensor of two numbers each."""
         raise NotImplementedError
+
+    def save_model(self, model: nn.Module, folder: Path, shard: str) -> None:
+        """Write a plain model as the hub has it, in files of at most `shard`."""
+        model.save_pretrained(folder, max_shard_size=shard)  # type: ignore[operator]
+
+    def loader(self, model: nn.Module) -> str:
+        """The class of `library` that loads what `save_model` wrote."""
+        return type(model).__name__
 
     def save(self, folder: Path) -> None:
         """Write what belongs beside the weights of a model (tokenizer, preprocessing), as the hub has it."""

@@ -82,7 +82,7 @@ def test_all_answers_of_a_table() -> None:
         assert torch.allclose(grad, torch.autograd.grad(wanted, z)[0], atol=1e-7)
         plain = torch.autograd.grad(F.cross_entropy(z, y), z)[0]
         assert torch.allclose(grad, plain, atol=1e-7) == (tau == 1.0)
-        assert float(loss.method.u[0]) == pytest.approx(0.0 if tau == 1.0 else float((s / tau).logsumexp(0)), abs=1e-6)
+        assert float(loss.method.u[0]) == pytest.approx(0.0 if tau == 1.0 else float((s / tau).logsumexp(0).detach()), abs=1e-6)
 
 
 def authors(variant: str, data: Tensor, sampled: Tensor, reference: Tensor, u: Tensor, gamma: float, tau: float) -> tuple[Tensor, Tensor]:
@@ -293,8 +293,7 @@ def test_plan_and_data() -> None:
         build("method=discriminative_ft", "data=stories", "data.chats=0", *SMALL)
 
 
-@pytest.mark.parametrize("variant", ["dft", "dft2"])
-def test_resumed_run_is_bit_equal_and_samples_nothing_again(variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resumed_run_is_bit_equal_and_samples_nothing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     answers = CausalLM.answers
 
@@ -303,7 +302,7 @@ def test_resumed_run_is_bit_equal_and_samples_nothing_again(variant: str, tmp_pa
         return answers(self, model, prompts, **options)
 
     monkeypatch.setattr(CausalLM, "answers", spy)
-    words = ("method=discriminative_ft", f"method.discriminative_ft.variant={variant}", *SMALL, "trainer.samples=0", "data.size=16")
+    words = ("method=discriminative_ft", *SMALL, "trainer.samples=0", "data.size=16")
     run = check_resume(*words, "hardware.micro_batch=3", "trainer.max_steps=8", "optimizer.lr=1e-2", folder=tmp_path, at=7)
     assert len([n for n in calls if n > 1]) == 2  # of the run that was not cut short, and of the other's first part
     assert run.events["averages_moved"] == 64

@@ -124,7 +124,7 @@ def test_likelihood_of_the_chosen_can_be_added() -> None:
     with torch.no_grad():
         outputs = run.task.outputs(run.model, batch)
     mean = -outputs.per_sequence(outputs.logps, 8) / outputs.row.bincount()
-    assert float(run.loss(window) - plain.loss(plain.window(0))) == pytest.approx(0.5 * float(mean.mean()), rel=1e-5)
+    assert float((run.loss(window) - plain.loss(plain.window(0))).detach()) == pytest.approx(0.5 * float(mean.mean()), rel=1e-5)
 
 
 # -- the run -----------------------------------------------------------------------------------------------------------
@@ -197,6 +197,15 @@ def test_settings_and_data(tmp_path: Path) -> None:
     }
     with pytest.raises(RunFailed, match="a training example has no rejected answer"):
         run.fit(1)
+
+
+@pytest.mark.parametrize("stack", ["gmt,dpo", "dpo,lift", "mezo,dpo", "lisa,dpo", "svft,dpo,wise_ft"])
+def test_trains_in_stacks(stack: str) -> None:
+    run = dpo("trainer.max_steps=3", "method.dpo.beta=1", *(["optimizer.lr=1e-3"] if "mezo" in stack else []), stack=stack)
+    run.stack.drive(run, run.fit)
+    run.stack.finish(run)
+    assert run.step == 3 and float(run._row["loss"]) != pytest.approx(math.log(2), abs=1e-6)
+    assert bool(run.held) == ("svft" not in stack)
 
 
 def test_resumed_run_is_bit_equal(tmp_path: Path) -> None:

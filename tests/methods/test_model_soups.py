@@ -171,8 +171,6 @@ def test_one_basin_averages_well_and_another_one_is_left_out(tmp_path: Path) -> 
 
 # -- learned -----------------------------------------------------------------------------------------------------------
 
-LOGISTIC = (*TOY, "model.loss=logistic", "data.labels=sign", "model.kind=two_layer")
-
 
 @pytest.mark.parametrize("recipe", ["learned", "learned_by_layer"])
 def test_learned_soup_begins_at_the_uniform_one_and_betters_it(recipe: str, tmp_path: Path) -> None:
@@ -200,10 +198,19 @@ def test_learned_soup_begins_at_the_uniform_one_and_betters_it(recipe: str, tmp_
     assert torch.allclose(run.model.get_parameter(name), w[0] * near[name] + w[1] * far[name], atol=1e-6)
 
 
-def test_a_learned_soup_without_logits_is_one_line(tmp_path: Path) -> None:
-    run, method = soups("method.model_soups.recipe=learned")
+def test_what_cannot_be_cooked_is_one_line_before_training() -> None:
+    run, _ = soups("method.model_soups.recipe=learned")
     with pytest.raises(UserError, match="scales logits"):
-        method.combine(run, shelved(run, method, tmp_path, around(run, 2, 0.1)))
+        run.stack.drive(run, run.fit)
+    run, _ = soups()
+    run.data["validation"].keep = []
+    with pytest.raises(UserError, match="has none"):
+        run.stack.drive(run, run.fit)
+    tied = ("model=tiny-llama", "model.weights=random", "model.architecture={num_hidden_layers:1,tie_word_embeddings:true}")
+    run = build("method=[lora,model_soups]", *tied, "method.lora.targets=[head]")
+    with pytest.raises(UserError, match="another module shares its weight"):
+        run.stack.drive(run, run.fit)
+    assert run.step == 0
 
 
 # -- the drive ---------------------------------------------------------------------------------------------------------

@@ -144,6 +144,18 @@ def test_half_the_strength_is_half_of_d():
     torch.testing.assert_close(logits(run, x), halved, atol=1e-12, rtol=0)
 
 
+def test_the_line_back_to_the_start_is_a_line_of_outputs():
+    """With WiSE-FT at 0.3: 0.7 f_w + 0.3 f_lin, exactly, which no line of weights gives a model that is not linear in them."""
+    words = (*SMALL_VIT, "method.taft.shards=1", "trainer.max_steps=3", "optimizer.lr=1e-2")
+    run = train("method=[taft,wise_ft]", *words, "method.wise_ft.alpha=[0.3]")
+    whole = train("method=taft", *words)
+    for one in (run, whole):
+        one.model.double()
+    x = images(run)
+    torch.testing.assert_close(logits(run, x), 0.7 * plain(run, x) + 0.3 * logits(whole, x), atol=1e-6, rtol=0)
+    assert (logits(whole, x) - plain(run, x)).abs().max() > 0.1
+
+
 # -- the loss ----------------------------------------------------------------------------------------------------------
 
 

@@ -36,6 +36,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ftrecipes.method import Method, overrides
@@ -93,7 +94,8 @@ class Reference:
 
     def logits(self, outputs: TokenOutputs, hidden: Tensor) -> Tensor:
         """The reference's logits (n, V), float32, for some of its hidden states."""
-        with self.looking():
+        shared = self.model is None and any(isinstance(module, Delta) for module in outputs.head.modules())
+        with self.looking() if shared else torch.no_grad():
             return outputs.logits(hidden).float()
 
     def sums(self, batch: Batch, sequences: int) -> Tensor:
@@ -110,12 +112,16 @@ class Objective(Method):
     """True when the loss compares log-probabilities of two passes; dropout of the model and its adapters is off then."""
 
     _reference: Reference | None = None
+    _begun = False
 
     def looks_back(self) -> bool:
         """Whether the loss needs the model before training."""
         return False
 
     def begin(self, run: Run) -> None:
+        if self._begun:
+            return
+        self._begun = True
         if self.blurred_by_dropout and without_dropout(run.model):
             run.say(f"{self.key}: dropout is off, it would blur the ratios of probabilities")
         if self.looks_back():
@@ -136,12 +142,9 @@ def without_dropout(model: nn.Module) -> bool:
     """Set every dropout rate of a model to zero; whether there was one."""
     found = False
     for module in model.modules():
+        layer = isinstance(module, nn.modules.dropout._DropoutNd)
         for name, value in vars(module).items():
-            if (
-                value
-                and isinstance(value, float)
-                and (("drop" in name) or (name == "p" and isinstance(module, nn.modules.dropout._DropoutNd)))
-            ):
+            if isinstance(value, float) and value and ("drop" in name or (layer and name == "p")):
                 setattr(module, name, 0.0)
                 found = True
     return found

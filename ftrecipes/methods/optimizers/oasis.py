@@ -148,7 +148,7 @@ class Diagonal(torch.optim.Optimizer):
         ]
         both = [p for p, _ in known]
         moved = torch._foreach_sub(both, [self.state[p]["previous"] for p in both])
-        changed = torch._foreach_sub([p.grad for p in both if p.grad is not None], [g for _, g in known if g is not None])
+        changed = torch._foreach_sub([p.grad for p in both if p.grad is not None], [g for _, g in known])
         root = torch._foreach_sqrt(self.dhat(both))
         torch._foreach_mul_(moved, root)
         torch._foreach_div_(changed, root)

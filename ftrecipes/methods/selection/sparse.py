@@ -11,11 +11,16 @@ drops the rest; memory for gradients and moments falls with the density. When en
 optimizer remembers is carried over by position (`carry`): entries that stay keep it, newcomers start at zero, and a
 leaver's weight stays where it was moved to.
 
+With `deltas = True` the parameter holds changes from the pretrained entries instead: they start at zero, decay pulls them
+to the pretrained weight, and a leaver returns to it (`Chosen.replace`). What must see the dense gradient of a layer before
+it is dropped sets `Chosen.watch`.
+
 The record holds the entries that were ever chosen and their values, never the whole weight.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -39,7 +44,7 @@ class _Selected(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, module: nn.Module) -> Tensor:
         weight: Tensor = module.weight  # type: ignore[assignment]
-        write(weight, index, values)
+        write(weight, index, module.chosen.entries())  # type: ignore[union-attr, operator]
         ctx.save_for_backward(x, index)
         ctx.module, ctx.values_dtype = module, values.dtype
         return apply(module, x, weight, bias)
@@ -65,6 +70,8 @@ class _Selected(torch.autograd.Function):
             grad_x = found.pop(0) if wants_x else None
             grad_w = found.pop(0) if wants_values else None
         grad_values = None if grad_w is None else grad_w.reshape(-1)[index].to(ctx.values_dtype)
+        if grad_w is not None and module.chosen.watch is not None:
+            module.chosen.watch(grad_w.reshape(-1))
         features = 1 if isinstance(module, nn.Conv2d) else -1
         grad_bias = g.movedim(features, -1).reshape(-1, g.shape[features]).sum(0).to(module.bias.dtype) if wants_bias else None
         return None if grad_x is None else grad_x.to(x.dtype), grad_values, None, grad_bias, None
@@ -90,14 +97,42 @@ def write(weight: Tensor, index: Tensor, values: Tensor) -> None:
 
 
 class Chosen(nn.Module):
-    """The chosen entries of one weight: flat positions, and values in float32, or float64 where the weight is."""
+    """The chosen entries of one weight: flat positions, and values in float32, or float64 where the weight is.
+
+    origin: the pretrained entries where the values are changes from them, else None. watch: called with the dense gradient
+    (flat) of every backward pass.
+    """
 
     index: Tensor
+    origin: Tensor | None
 
-    def __init__(self, weight: Tensor, index: Tensor) -> None:
+    def __init__(self, weight: Tensor, index: Tensor, *, deltas: bool = False) -> None:
         super().__init__()
+        entries = wide(weight.detach().reshape(-1)[index])
         self.register_buffer("index", index, persistent=False)
-        self.values = nn.Parameter(wide(weight.detach().reshape(-1)[index]))
+        self.register_buffer("origin", entries if deltas else None, persistent=False)
+        self.values = nn.Parameter(torch.zeros_like(entries) if deltas else entries)
+        self.watch: Callable[[Tensor], None] | None = None
+
+    @torch.no_grad()
+    def entries(self) -> Tensor:
+        """What the weight holds at the chosen positions."""
+        return self.values.detach() if self.origin is None else self.origin + self.values
+
+    @torch.no_grad()
+    def take(self, weight: Tensor) -> None:
+        """Read the values from the weight."""
+        entries = wide(weight.reshape(-1)[self.index])
+        self.values.copy_(entries if self.origin is None else entries - self.origin)
+
+    @torch.no_grad()
+    def replace(self, weight: Tensor, slots: Tensor, index: Tensor) -> None:
+        """Give these places of the vector to other entries, which begin at no change; the old ones return to the pretrained weight."""
+        assert self.origin is not None
+        write(weight, self.index[slots], self.origin[slots])
+        self.index, self.origin = self.index.clone(), self.origin.clone()
+        self.index[slots], self.origin[slots] = index, wide(weight.reshape(-1)[index])
+        self.values[slots] = 0.0
 
 
 class _Sparse:
@@ -117,6 +152,7 @@ class SparseMethod(Method):
 
     picks = True
     kinds: ClassVar[tuple[str, ...]] = ("Linear", "Conv1D", "Conv2d", "Embedding")
+    deltas: ClassVar[bool] = False
     targets: list[str]
     blocks: Any = "all"
 
@@ -161,7 +197,7 @@ class SparseMethod(Method):
         module = part.module
         if type(module).__name__ not in self.kinds:
             raise UserError(f"{self.key} cannot act on {part.name} ({type(module).__name__}); narrow {self.key}.targets")
-        chosen = Chosen(part.weight, index.to(part.weight.device))
+        chosen = Chosen(part.weight, index.to(part.weight.device), deltas=self.deltas)
         module.__class__ = _classes.setdefault(type(module), type(f"Sparse{type(module).__name__}", (_Sparse, type(module)), {}))
         module.chosen = chosen
         self.chosen[part.name] = chosen
@@ -177,7 +213,7 @@ class SparseMethod(Method):
     def reselect(self, run: Run, name: str, part: Part) -> None:
         """Choose entries anew from the weight as it is now."""
         chosen = self.chosen[name]
-        write(part.weight, chosen.index, chosen.values)
+        write(part.weight, chosen.index, chosen.entries())
         old, new = chosen.index, self.select(run, part).to(chosen.index.device)
         if len(new) != len(old):
             raise RuntimeError(f"{self.key}: {name} went from {len(old)} chosen entries to {len(new)}")
@@ -198,7 +234,10 @@ class SparseMethod(Method):
         out: dict[str, Any] = {}
         for name, chosen in self.chosen.items():
             weight = self.parts[name].weight
-            write(weight, chosen.index, chosen.values)
+            write(weight, chosen.index, chosen.entries())
+            if self.deltas:
+                out[name] = {"index": chosen.index}
+                continue
             ever = self.ever[name]
             out[name] = {"index": chosen.index, "ever": ever, "moved": weight.detach().reshape(-1)[ever]}
         return {"chosen": out}
@@ -209,13 +248,15 @@ class SparseMethod(Method):
         self.begin_with(run)
         for name, saved in structure["chosen"].items():
             part = self.parts[name]
-            write(part.weight, saved["ever"].to(part.weight.device), saved["moved"].to(part.weight.device))
+            if not self.deltas:
+                write(part.weight, saved["ever"].to(part.weight.device), saved["moved"].to(part.weight.device))
             self.attach(run, part, saved["index"])
-            self.ever[name] = saved["ever"].to(part.weight.device)
+            if not self.deltas:
+                self.ever[name] = saved["ever"].to(part.weight.device)
 
     def finish(self, run: Run) -> None:
         for name, chosen in self.chosen.items():
-            write(self.parts[name].weight, chosen.index, chosen.values)
+            write(self.parts[name].weight, chosen.index, chosen.entries())
 
     def merge(self, run: Run) -> None:
         self.finish(run)

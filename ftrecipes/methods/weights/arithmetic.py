@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from ftrecipes.compose import assign, lookup
 from ftrecipes.errors import RunFailed, UserError
@@ -170,6 +170,12 @@ def movable(run: Run) -> dict[str, Tensor]:
     return {name: t.detach() for name, t in here.items() if name in names} | buffers
 
 
+def named(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """These weights and buffers of a model."""
+    here: dict[str, Tensor] = {**dict(model.named_buffers()), **dict(model.named_parameters())}
+    return {name: here[name].detach() for name in names}
+
+
 @torch.no_grad()
 def fill(run: Run, names: Iterable[str], value: Callable[[str], Tensor]) -> None:
     """Put value(name) into the base weights of these names; deltas of the stack add nothing any more."""
@@ -232,6 +238,9 @@ class Merging(Method):
     least: ClassVar[int] = 2
     """How many ingredients it takes."""
 
+    looks_at_data: ClassVar[bool] = False
+    """Whether it needs the data of the runs that the user hands in."""
+
     def vary(self, run: Run, i: int) -> dict[str, Any]:
         """What is different in the fit of ingredient i."""
         return {}
@@ -255,10 +264,17 @@ class Merging(Method):
             for folder in self.runs:
                 check_folder(self, run, Path(folder).expanduser())
 
-    def drive(self, run: Run, fit: Callable[..., Any]) -> None:
+    def refuse(self, run: Run) -> None:
+        """Refuse, before anything is trained, what could not be made into one model afterwards."""
         for name in tied_weights(run.model):
             if isinstance(getattr(run.model.get_submodule(name), "delta", None), Delta):
                 raise UserError(f"{self.key}: the delta on {name} cannot be merged, another module shares its weight; narrow its targets")
+        if set(run.model.state_dict()) - run.base_names and not run.begun("ingredient-0"):
+            run.merge()  # says so where what the stack added cannot be folded in
+            run.restart()
+
+    def drive(self, run: Run, fit: Callable[..., Any]) -> None:
+        self.refuse(run)
         shelf = self.shelf(run)
         if self.runs:
             self.fetch(run, shelf)
@@ -284,10 +300,8 @@ class Merging(Method):
     def train(self, run: Run, fit: Callable[..., Any], shelf: Shelf, i: int, steps: int, changes: Mapping[str, Any]) -> None:
         """Fit ingredient i from the start and put it on the shelf."""
         name = f"ingredient-{i}"
-        if not run.begun(name):
-            if "seed" in changes:  # else `keep` began anew
-                run.restart()
-            shelf.put_base(movable(run))
+        if "seed" in changes and not run.begun(name):  # else `keep` began anew
+            run.restart()
         fit(steps, name=name)
         said = {path: value for path, value in changes.items() if path not in ("train", "validation")}
         self.reports.append(run.once(f"{self.key}:kept-{i}", lambda: {"steps": steps, **said, **self.keep(run, shelf, i)}))
@@ -296,11 +310,10 @@ class Merging(Method):
         """Write the run's model as plain weights, and begin anew; returns its metrics on validation data."""
         metrics = run.evaluate("validation")
         names = list(movable(run))
-        run.merge()
-        here: dict[str, Tensor] = {**dict(run.model.named_buffers()), **dict(run.model.named_parameters())}
-        shelf.put(index, {name: here[name].detach() for name in names})
+        shelf.put(index, named(run.merge(), names))
         run.count("ingredients")
         run.restart()
+        shelf.put_base(named(run.model, names))
         return {"validation": metrics}
 
     def fetch(self, run: Run, shelf: Shelf) -> None:
@@ -310,8 +323,7 @@ class Merging(Method):
             self.reports.append({"run": str(folder), **self.take(run, shelf, i, Path(folder).expanduser())})
             run.count("ingredients")
         run.restart()
-        here: dict[str, Tensor] = {**dict(run.model.named_buffers()), **dict(run.model.named_parameters())}
-        shelf.put_base({name: here[name].detach() for name in shelf.names()})
+        shelf.put_base(named(run.model, shelf.names()))
 
     def take(self, run: Run, shelf: Shelf, index: object, folder: Path) -> dict[str, Any]:
         """Put one of the user's folders on the shelf; returns what is known of it."""
@@ -319,13 +331,15 @@ class Merging(Method):
             files = sorted(folder.glob("*.safetensors"))
             shelf.link(index, files, [name for file in files for name in shapes_of(file) if name in run.base_names])
             return {}
-        opened = type(run).open(folder)
+        opened = type(run).open(folder, data=self.looks_at_data)
+        said = self.known(opened, folder)
         names = list(movable(opened))
-        opened.merge()
-        here: dict[str, Tensor] = {**dict(opened.model.named_buffers()), **dict(opened.model.named_parameters())}
-        shelf.put(index, {name: here[name].detach() for name in names})
-        results = Record(folder).info.get("results", {})
-        return {"validation": results.get("after", {}).get("validation", {}), "methods": list(opened.settings.method)}
+        shelf.put(index, named(opened.merge(), names))
+        return {"methods": list(opened.settings.method), **said}
+
+    def known(self, opened: Run, folder: Path) -> dict[str, Any]:
+        """What is known of one of the user's runs, which is open."""
+        return {"validation": Record(folder).info.get("results", {}).get("after", {}).get("validation", {})}
 
     def merged(self, run: Run, shelf: Shelf) -> dict[str, Any]:
         run.model.eval()
@@ -341,6 +355,7 @@ class TaskMerging(Merging):
     Tasks are those of `runs:`, each with the data of its own record; a method that trains them itself gives `tasks` too.
     """
 
+    looks_at_data = True
     tasks: list[tuple[Dataset, float]]
     """Validation data of each task, and the target metric of its own model on it."""
 
@@ -348,15 +363,11 @@ class TaskMerging(Merging):
         self.tasks = []
         return super().shelf(run)
 
-    def take(self, run: Run, shelf: Shelf, index: object, folder: Path) -> dict[str, Any]:
-        said = super().take(run, shelf, index, folder)
-        if (folder / "run.json").is_file():
-            opened = type(run).open(folder, data=True)
-            metrics = opened.evaluate("validation")
-            if metrics:
-                self.tasks.append((opened.data["validation"], metrics[run.task.target]))
-            said |= {"data": opened.settings.data.name, "validation": metrics}
-        return said
+    def known(self, opened: Run, folder: Path) -> dict[str, Any]:
+        metrics = opened.evaluate("validation")
+        if metrics:
+            self.tasks.append((opened.data["validation"], metrics[opened.task.target]))
+        return {"data": opened.settings.data.name, "validation": metrics}
 
     def judged(self, run: Run) -> dict[str, Any]:
         """The target metric of the run's model on each task, and its mean share of what the task's own model has (`normalised`)."""

@@ -26,7 +26,7 @@ class Line:
         self.deltas = {name: module for name, module in run.model.named_modules() if hasattr(module, "strength")}
         self.sparse = {name: m for name, m in run.model.named_modules() if hasattr(m, "chosen")}
         for module in self.sparse.values():  # a weight gets its chosen values when it is used
-            write(module.weight, module.chosen.index, module.chosen.values)
+            write(module.weight, module.chosen.index, module.chosen.entries())
         here = {**dict(run.model.named_buffers()), **dict(run.model.named_parameters())}
         start = run.pristine().state_dict()
         self.live = {
@@ -50,7 +50,7 @@ class Line:
         for name, tensor in self.live.items():
             tensor.copy_(between(self.start[name], self.end[name], factor(name)))
         for module in self.sparse.values():  # their chosen values are what the next forward pass writes
-            module.chosen.values.copy_(module.weight.reshape(-1)[module.chosen.index])
+            module.chosen.take(module.weight)
 
 
 def between(start: Tensor, end: Tensor, alpha: float) -> Tensor:

@@ -68,13 +68,22 @@ class ModelSoups(Merging):
             low + (high - low) * float(torch.rand(3, generator=run.generator("soup", i), dtype=torch.float64)[2]) for i in range(self.k)
         ]
 
+    def refuse(self, run: Run) -> None:
+        super().refuse(run)
+        held_out = run.data["validation"]
+        if not len(held_out):
+            raise UserError(f"{self.key}: ingredients are compared on validation data, and data {run.settings.data.name} has none")
+        if self.recipe.startswith("learned"):
+            if any(hasattr(module, "chosen") for module in run.model.modules()):
+                raise UserError("a learned soup needs whole weights, and a method of the stack trains chosen entries; use recipe=greedy")
+            with run.evaluating():
+                Taster(run)(run.move(held_out.batch([held_out.keep[0]])), torch.ones((), device=run.device))
+
     # -- recipes --------------------------------------------------------------------------------------------------
 
     def combine(self, run: Run, shelf: Shelf) -> dict[str, Any]:
         everyone = list(range(len(self.reports)))
-        scores = [
-            self.score(run, shelf, [i]) if "validation" not in r else target(run, r["validation"]) for i, r in enumerate(self.reports)
-        ]
+        scores = [target(run, r["validation"]) if r.get("validation") else self.score(run, shelf, [i]) for i, r in enumerate(self.reports)]
         said: dict[str, Any] = {"recipe": self.recipe, "best single": max(scores), "uniform": self.score(run, shelf, everyone)}
         if self.recipe == "greedy":
             said |= self.greedy(run, shelf, scores)
@@ -107,8 +116,6 @@ class ModelSoups(Merging):
 
     def learned(self, run: Run, shelf: Shelf) -> dict[str, Any]:
         """Mixing weights by gradient descent on held-out data; only `a` and beta train."""
-        if any(hasattr(module, "chosen") for module in run.model.modules()):
-            raise UserError("a learned soup needs whole weights, and a method of the stack trains chosen entries; use recipe=greedy")
         names, members = shelf.names(), range(len(self.reports))
         here = {**dict(run.model.named_buffers()), **dict(run.model.named_parameters())}
         dtypes = {name: here[name].dtype for name in names}
@@ -146,7 +153,7 @@ class Taster(nn.Module):
 
     def __init__(self, run: Run) -> None:
         super().__init__()
-        self.model = run.model.eval()
+        self.model = run.model
         self.task = run.task
 
     def forward(self, batch: dict[str, Any], beta: Tensor) -> Tensor:
@@ -168,8 +175,6 @@ def sign(run: Run) -> int:
 
 def target(run: Run, metrics: dict[str, float]) -> float:
     """The target metric, turned so that higher is better."""
-    if run.task.target not in metrics:
-        raise UserError(f"model_soups: ingredients are compared on validation data, and data {run.settings.data.name} has none")
     return sign(run) * metrics[run.task.target]
 
 

@@ -109,10 +109,8 @@ class ModelStock(Merging):
     def stretch(self, run: Run, fit: Callable[..., Any], shelf: Shelf, begin: int, steps: int, each: int) -> None:
         """One period of one copy, from the last merge."""
         name, last = f"period-{self.now}-copy-{self.copy}", f"merge-{self.now - 1}"
-        if not run.begun(name):
-            shelf.put_base(movable(run))
-            if self.now:
-                fill(run, shelf.names(last), lambda weight: shelf.get(last, weight))
+        if self.now and not run.begun(name):
+            fill(run, shelf.names(last), lambda weight: shelf.get(last, weight))
         fit(steps, name=name, within=(begin, each))
         self.reports.append(run.once(f"{self.key}:{name}", lambda: self.keep(run, shelf, self.copy)))
 
@@ -134,5 +132,5 @@ class ModelStock(Merging):
 
     def updated(self, run: Run) -> None:
         if hasattr(self, "files") and run.fit_step == run.fit_steps and run.optimizer is not None:
-            self.state(self.now).parent.mkdir(exist_ok=True)
+            self.state(self.now).parent.mkdir(parents=True, exist_ok=True)
             save_state(self.state(self.now), run.optimizer.state_dict())

@@ -31,6 +31,14 @@ class TaskArithmetic(TaskMerging):
     signs: list[int]
     least = 1
 
+    def refuse(self, run: Run) -> None:
+        super().refuse(run)
+        n = len(self.runs) or self.k
+        if self.signs and len(self.signs) != n:
+            raise UserError(f"method.{self.key}.signs={self.signs}: {n} models need {n} signs")
+        if -1 in self.signs and len(self.scale) > 1:
+            raise UserError(f"method.{self.key}: with a task taken away, give one method.{self.key}.scale")
+
     def vary(self, run: Run, i: int) -> dict[str, Any]:
         return {split: self.groups(run, split)[i] for split in ("train", "validation")}
 
@@ -60,10 +68,6 @@ class TaskArithmetic(TaskMerging):
     def combine(self, run: Run, shelf: Shelf) -> dict[str, Any]:
         n, names = len(self.reports), shelf.names()
         signs = self.signs or [1] * n
-        if len(signs) != n:
-            raise UserError(f"method.{self.key}.signs={self.signs}: {n} models need {n} signs")
-        if -1 in signs and len(self.scale) > 1:
-            raise UserError(f"method.{self.key}: with a task taken away, give one method.{self.key}.scale")
         if not self.runs:
             self.tasks = [task for i in range(n) if len((task := self.task(run, i))[0])]
 
