@@ -22,6 +22,7 @@ STEPS = ["trainer.max_steps=4", "hardware.micro_batch=3"]
 # Settings that let a mechanism show itself within four updates, by method.
 KNOBS: dict[str, list[str]] = {
     "diff_pruning": ["method.diff_pruning.target_sparsity=0.5"],
+    "grades": ["method.grades.tau=q0.5@2", "method.grades.alpha=0"],
     "lift": ["method.lift.update_interval=2"],
     "lisa": ["method.lisa.interval=2", "method.lisa.gamma=1"],
     "sparse_ft_llm": ["method.sparse_ft_llm.reselection_steps=2", "method.sparse_ft_llm.selection_accumulation_steps=1"],
