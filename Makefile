@@ -33,6 +33,8 @@ types: $(VENV)/.dev
 pretrain: $(VENV)/.run
 	$(BIN)/python -m ftrecipes.models.pretraining tiny-llama
 	$(BIN)/python -m ftrecipes.models.pretraining tiny-vit
+	$(BIN)/python -m ftrecipes.models.pretraining tiny-sd
+	$(BIN)/python -m ftrecipes.models.pretraining tiny-dit
 
 wheel: $(VENV)/.dev
 	$(BIN)/python -m build --wheel

@@ -31,7 +31,8 @@ ROLES = [
     ("head", r"(^|\.)(lm_head|embed_out|classifier(\.\w+)?|score|qa_outputs|head|visual_projection|text_projection)$"),
     ("embed", r"(embed_tokens|wte|word_embeddings|shared|embeddings?|wpe|position_embeddings?|patch_embeddings\.projection)$"),
 ]
-KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding)
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+KINDS = (nn.Linear, *CONVS, nn.Embedding)
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,11 @@ class Part:
 
 
 class Anatomy:
-    """Parts and blocks of a model; `roles` maps further module names (regular expressions) to roles."""
+    """Parts and blocks of a model; `roles` maps further module names (regular expressions) to roles, `blocks` names them by depth."""
 
-    def __init__(self, model: nn.Module, roles: Iterable[tuple[str, str]] = ()) -> None:
+    def __init__(self, model: nn.Module, roles: Iterable[tuple[str, str]] = (), blocks: Sequence[str] | None = None) -> None:
         self.model = model
-        self.blocks = find_blocks(model)
+        self.blocks = find_blocks(model) if blocks is None else [(name, model.get_submodule(name)) for name in blocks]
         depth = {name: index for index, (name, _) in enumerate(self.blocks)}
         table = [(role, re.compile(pattern)) for role, pattern in (*roles, *ROLES)]
         self.parts = [
@@ -136,4 +137,4 @@ def _role(name: str, module: nn.Module, table: list[tuple[str, re.Pattern[str]]]
     for role, pattern in table:
         if pattern.search(name):
             return role
-    return "conv" if isinstance(module, (nn.Conv1d, nn.Conv2d)) else "linear"
+    return "conv" if isinstance(module, CONVS) else "linear"

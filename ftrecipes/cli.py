@@ -191,10 +191,9 @@ def merge(
 ) -> None:
     """Write the tuned model as plain weights in the hub's format."""
     _plugins(plugin)
-    from ftrecipes import export
+    from ftrecipes.export import merge as write_merged
 
-    folder = export.merge(run, to)
-    print(folder)
+    print(write_merged(run, to))
 
 
 @app.command("export")
@@ -207,9 +206,9 @@ def export_run(
 ) -> None:
     """Write a tuned run in the format of another library."""
     _plugins(plugin)
-    from ftrecipes import export
+    from ftrecipes.export import export as write
 
-    print(export.export(run, to, folder, rank))
+    print(write(run, to, folder, rank))
 
 
 def print_json(value: Any) -> None:

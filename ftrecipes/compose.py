@@ -35,7 +35,7 @@ HYDRA_ALLOWED = re.compile(r"hydra\.(run\.dir|sweep\.(dir|subdir)|verbose|search
 HYDRA_CHOICES = {"hydra/launcher", "hydra/sweeper", "hydra/sweeper/sampler", "hydra/hydra_logging", "hydra/job_logging"}
 PLUGIN_TARGET = re.compile(r"(hydra\._internal\.core_plugins|hydra_plugins)\.\w+(\.\w+)*$")
 # Settings that cannot change a number of the run: they are left out of its hash.
-UNHASHED = re.compile(r"(resume|tags|logger\..*|trainer\.keep|trainer\.checkpoint_every|hardware\.memory)$")
+UNHASHED = re.compile(r"(resume|tags|logger\..*|trainer\.keep|trainer\.samples|trainer\.checkpoint_every|hardware\.memory)$")
 
 
 class Box(dict[str, Any]):
@@ -327,6 +327,7 @@ def _baseline(choices: tuple[str, ...]) -> dict[str, Any]:
 
 def resolve(values: dict[str, Any], words: Sequence[str] = ()) -> Settings:
     """Check a composition against the schema and the rules of stacking, and fill what is on auto."""
+    _carry(values)
     _follow_lead(values, words)
     known = {"", *catalogue.GROUPS}
     entries: list[Entry] = [root()]
@@ -364,6 +365,23 @@ def resolve(values: dict[str, Any], words: Sequence[str] = ()) -> Settings:
         if wrong:
             raise UserError(f"{path} {wrong} ({settings.origin.get(path, 'set')})")
     return settings
+
+
+def _carry(values: dict[str, Any]) -> None:
+    """Where nobody picks what trains and a method names its `carrier`, that stands before it, with the settings it names.
+
+    The settings are those of the model's size, where they differ: {lora: {tiny: {rank: 8}, paper: {rank: 32}}}.
+    """
+    stack = [catalogue.get("method", name) for name in values.get("method") or {}]
+    carried = next((m for m in stack if "carrier" in m.about), None)
+    if carried is None or any("picks" in m.about for m in stack):
+        return
+    size = catalogue.get("model", values["model"]["name"]).about.get("size", "paper")
+    carriers = {
+        name: {**catalogue.get("method", name).values(), **knobs.get(size, {})}
+        for name, knobs in carried.about["carrier"].items() if name not in values["method"]
+    }  # fmt: skip
+    values["method"] = {**carriers, **values["method"]}
 
 
 def _complete(values: dict[str, Any], path: str, default: Any) -> None:

@@ -17,13 +17,15 @@ import typer
 import yaml
 from safetensors import SafetensorError
 
-from ftrecipes import __version__
+from ftrecipes import __version__, catalogue
 from ftrecipes.errors import RunFailed, UserError, nearest
 from ftrecipes.record import Record, new_folder
+from ftrecipes.stacking import check_mergeable
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from ftrecipes.method import Method
     from ftrecipes.methods.adapters.delta import DeltaMethod, Factors, Layer
     from ftrecipes.run import Run
 
@@ -37,6 +39,7 @@ def merge(run_folder: str, to: str | None = None) -> Path:
 
     Deltas are folded in float32 and rounded to the dtype of the base; the largest rounding is printed.
     """
+    check_mergeable(Record(run_folder).info.get("methods", []))
     with _target(run_folder, to or f"{run_folder}/merged") as (run, folder):
         model: Any = run.model
         if not hasattr(model, "save_pretrained"):
@@ -45,16 +48,16 @@ def merge(run_folder: str, to: str | None = None) -> Path:
         remark = _one_dtype(run)
         if remark:
             typer.echo(remark)
-        model.save_pretrained(folder, max_shard_size=SHARD)
+        run.task.save_model(model, folder, SHARD)
         run.task.save(folder)
-        _card(run, folder, "transformers", type(model).__name__, remark)
+        _card(run, folder, run.task.library, run.task.loader(model), remark)
     return Path(to or f"{run_folder}/merged")
 
 
 def export(run_folder: str, to: str, folder: str | None = None, rank: int | None = None) -> Path:
     """Write a tuned run for another library; returns the folder (RUN/export-<format>).
 
-    to: `hf` (as merge) or `peft` (a LoRA or DoRA). rank: of a LoRA that approximates the update where peft has no such
+    to: `hf` (as merge) or `peft` (a LoRA or DoRA, or what peft has by another name). rank: of a LoRA that approximates the update where peft has no such
     form; its relative error is printed.
     """
     if to not in FORMATS:
@@ -88,8 +91,8 @@ def _target(run_folder: str, to: str) -> Iterator[tuple[Run, Path]]:
         umask = os.umask(0)
         os.umask(umask)
         folder.chmod(0o777 & ~umask)  # temporary folders and safetensors are made for their owner alone
-        for file in folder.iterdir():
-            file.chmod(0o666 & ~umask)
+        for file in folder.rglob("*"):
+            file.chmod((0o777 if file.is_dir() else 0o666) & ~umask)
 
 
 def _one_dtype(run: Run) -> str:
@@ -102,7 +105,8 @@ def _one_dtype(run: Run) -> str:
             exact = parameter.data
             parameter.data = exact.to(dtype)
             largest = max(largest, float((exact - parameter.data).abs().max()))
-    run.model.config.dtype = dtype  # type: ignore[union-attr, assignment]
+    if not isinstance(run.model.config, dict):  # a configuration of diffusers is fixed and holds no dtype
+        run.model.config.dtype = dtype  # type: ignore[union-attr, assignment]
     return f"rounding to {str(dtype).removeprefix('torch.')} moved no weight by more than {largest:.2e}" if largest else ""
 
 
@@ -114,12 +118,17 @@ def _peft(run: Run, folder: Path, rank: int | None, run_folder: str) -> None:
     from ftrecipes.method import overrides
     from ftrecipes.methods.adapters.delta import DeltaMethod
 
+    own = [m for m in run.stack if overrides(m, "peft")]
+    if own:
+        _own(run, folder, own[0], rank, run_folder)
+        return
     adapters = [m for m in run.stack if isinstance(m, DeltaMethod)]
     others = [m.key for m in run.stack if m not in adapters and (overrides(m, "structure") or not adapters)]
+    if others and (reason := catalogue.get("method", others[0]).about.get("unmergeable")):
+        raise UserError(f"{run_folder}: peft has no form for {others[0]}: {reason}")
     if others:
         raise UserError(f"{run_folder}: {others[0]} changes the weights themselves, which no adapter holds; use --to hf")
-    if run.settings.model.adapter:
-        raise UserError(f"{run_folder}: started from model.adapter={run.settings.model.adapter}, and fits no other base; use --to hf")
+    _check_base(run, run_folder)
     deltas = {name: (method, method.deltas[name].layer) for method in adapters for name in method.deltas}
     whole = {name for name in run.touched if name.rpartition(".")[0] not in deltas or name.endswith(".bias")}
     exact = {name: method.factors(name) for name, (method, _) in deltas.items()}
@@ -146,6 +155,43 @@ def _peft(run: Run, folder: Path, rank: int | None, run_folder: str) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
     run.task.save(folder)
     _card(run, folder, "peft", "PeftModel", remark)
+
+
+def _own(run: Run, folder: Path, method: Method, rank: int | None, run_folder: str) -> None:
+    """A method that peft has under a name of its own."""
+    from ftrecipes.method import overrides
+    from ftrecipes.models.adapter import PREFIX
+    from ftrecipes.storage import save_weights
+
+    if rank is not None:
+        raise UserError(f"--rank is of updates that a LoRA approximates; peft holds {method.key} itself")
+    others = [m.key for m in run.stack if m is not method and (m.picks or overrides(m, "structure"))]
+    if others:
+        raise UserError(f"{run_folder}: peft holds {method.key} alone, and {others[0]} changed the model too; export a run without it")
+    _check_base(run, run_folder)
+    weights, config = method.peft(run)
+    owners = {name.rpartition(".")[0] for name in run.touched}
+    modules = sorted(owner for owner in owners if not any(name.startswith(f"{PREFIX}{owner}.") for name in weights))
+    if modules and "num_virtual_tokens" in config:
+        raise UserError(f"{run_folder}: {modules[0]} was tuned too, which peft cannot hold beside a prompt")
+    for owner in modules:
+        weights |= {f"{PREFIX}{owner}.{name}": p for name, p in run.model.get_submodule(owner).named_parameters(recurse=False)}
+    shared = {
+        "task_type": "CAUSAL_LM" if run.task.domain == "causal-lm" else None,
+        "base_model_name_or_path": None if run.settings.model.weights == "random" else _base(run),
+        "inference_mode": True,
+        **({} if "num_virtual_tokens" in config else {"modules_to_save": modules or None}),
+    }
+    save_weights(folder / "adapter_model.safetensors", {name: tensor.detach() for name, tensor in weights.items()}, {"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps({**config, **shared}, indent=2) + "\n")
+    run.task.save(folder)
+    _card(run, folder, "peft", "PeftModel", "")
+
+
+def _check_base(run: Run, run_folder: str) -> None:
+    """Refuse an adapter for a base that others do not have."""
+    if run.settings.model.adapter:
+        raise UserError(f"{run_folder}: started from model.adapter={run.settings.model.adapter}, and fits no other base; use --to hf")
 
 
 def _truncated(run: Run, deltas: dict[str, tuple[DeltaMethod, Layer]], rank: int) -> tuple[dict[str, Factors], str]:
@@ -228,7 +274,7 @@ def _config(run: Run, deltas: dict[str, tuple[DeltaMethod, Layer]], factors: dic
         "rank_pattern": {name: rank for name, rank in ranks.items() if rank != r},
         "alpha_pattern": {name: a for name, a in alphas.items() if a != alpha},
         "lora_dropout": max(getattr(method, "dropout", 0.0) or 0.0 for method, _ in deltas.values()),
-        "target_modules": _short(run.model, set(factors)),
+        "target_modules": short_names(run.model, set(factors)),
         "use_dora": any(f.m is not None for f in factors.values()),
         "use_rslora": False,
         "fan_in_fan_out": any(isinstance(layer.module, Conv1D) for _, layer in deltas.values()),
@@ -237,7 +283,7 @@ def _config(run: Run, deltas: dict[str, tuple[DeltaMethod, Layer]], factors: dic
     }
 
 
-def _short(model: nn.Module, names: set[str]) -> list[str]:
+def short_names(model: nn.Module, names: set[str]) -> list[str]:
     """Module names, by their last word alone where that names the same modules."""
     by_word: dict[str, set[str]] = {}
     for name, _ in model.named_modules():

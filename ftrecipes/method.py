@@ -15,6 +15,7 @@ A paper is a subclass of `Method` in a file of its own. It overrides the points 
     optimizer(run, groups)             builds the optimizer
     updated(run)                       after each update
     finish(run)                        training is over
+    sample(run, predict)               what a sampler asks at each step: returns another function in its place
 
 A window is the list of micro-batches of one update, and every point sees it whole. What must exist before weights can be
 loaded (ranks, masks, the number of merged stages) is `structure()`; what else a resumed run needs is `state_dict()`.
@@ -34,7 +35,7 @@ from ftrecipes.errors import UserError
 if TYPE_CHECKING:
     from ftrecipes.anatomy import Part
     from ftrecipes.run import Run
-    from ftrecipes.tasks.base import Batch, Outputs
+    from ftrecipes.tasks.base import Batch, Outputs, Task
     from ftrecipes.update import Window
 
 POINTS = [
@@ -65,6 +66,9 @@ class Method:
     steps_with_optimizer: ClassVar[bool] = True
     """False when an owner of the step changes the weights itself."""
 
+    trains_fresh: ClassVar[bool] = True
+    """False when a new head keeps the numbers that it was drawn with."""
+
     def __init__(self, key: str, knobs: dict[str, Any]) -> None:
         self.key = key
         for name, value in knobs.items():
@@ -74,6 +78,9 @@ class Method:
 
     def __repr__(self) -> str:
         return f"<{self.key}>"
+
+    def set_up(self, task: Task) -> None:
+        """Say what the loss counts (`task.unit`) and compares (`task.alternatives`), before data is read."""
 
     # -- the points -----------------------------------------------------------------------------------------------
 
@@ -105,10 +112,17 @@ class Method:
 
     def finish(self, run: Run) -> None: ...
 
+    def sample(self, run: Run, predict: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return predict
+
     # -- what a method can say about parameters -------------------------------------------------------------------
 
     def group(self, name: str, parameter: nn.Parameter) -> dict[str, Any]:
         """Options of one trainable parameter: `lr_scale` (a factor) and `weight_decay`."""
+        return {}
+
+    def holds(self, run: Run) -> dict[str, int]:
+        """Bytes that the method keeps during an update, by kind, for plans: `optimizer` where it builds its own, `copies`, …"""
         return {}
 
     # -- saving ---------------------------------------------------------------------------------------------------
@@ -135,6 +149,9 @@ class Method:
 
     def merge(self, run: Run) -> None:
         """Fold everything into the base weights, so that the plain model is the tuned one."""
+
+    def peft(self, run: Run) -> tuple[dict[str, Tensor], dict[str, Any]]:  # type: ignore[empty-body]
+        """Tensors by peft's names and its configuration, where peft has the method itself (LoRA and DoRA are told by `factors`)."""
 
 
 class Stack:
@@ -233,6 +250,12 @@ class Stack:
     def finish(self, run: Run) -> None:
         for method in self.at("finish"):
             method.finish(run)
+
+    def sample(self, run: Run, predict: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """The function that a sampler asks at each step, as the methods change it; the last one is the outermost."""
+        for method in self.at("sample"):
+            predict = method.sample(run, predict)
+        return predict
 
     def merge(self, run: Run) -> None:
         for method in self.methods:

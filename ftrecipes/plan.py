@@ -58,6 +58,7 @@ class Plan:
     available: int
     seconds: float | None
     settings: dict[str, Any] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
 
     @property
     def peak(self) -> int:
@@ -111,10 +112,11 @@ def plan(settings: Settings) -> Plan:
     length = getattr(run.task, "positions", None) or settings.data.get("max_length") or 1
     batch = settings.trainer.batch
     micro = settings.hardware.micro_batch
-    per_pass = int(micro) if micro != "auto" else max(1, min(batch, _budget(run) // max(1, length)))
-    fake = FakeTensorMode()
+    per_pass = int(micro) if micro != "auto" else max(1, min(batch, run.budget // max(1, length * (1 + run.task.alternatives))))
+    fake = FakeTensorMode(allow_non_fake_inputs=True)  # tables of a task stay real
     with fake:
-        to_fake(model)
+        for held in (model, *run.held):
+            to_fake(held)
         trace, flops, forward = _trace(run, run.task.blank(per_pass, length))
     passes = batch / per_pass
     backward = run.stack.gradients_used
@@ -130,6 +132,11 @@ def plan(settings: Settings) -> Plan:
         "optimizer": int(states * active),
         "activations": max(0, trace - gradients),
     }
+    for method in run.stack:
+        for kind, size in method.holds(run).items():
+            memory[kind] = size if kind == "optimizer" else memory.get(kind, 0) + size
+    if run.held:
+        memory["further models"] = sum(_bytes(p) for held in run.held for p in held.parameters())
     roles: dict[str, tuple[int, int]] = {}
     names = {part.name: part.role for part in run.anatomy.parts}
     for name, parameter in total.items():
@@ -162,13 +169,8 @@ def plan(settings: Settings) -> Plan:
             "precision": run.precision,
             "optimizer": f"{by_method.key}'s own" if by_method else settings.optimizer.name,
         },
+        remarks=run.remarks,
     )
-
-
-def _budget(run: Run) -> int:
-    from ftrecipes.run import TOKENS_CPU, TOKENS_GPU
-
-    return TOKENS_GPU if run.device.type == "cuda" else TOKENS_CPU
 
 
 def _bytes(tensor: Tensor) -> int:
@@ -199,7 +201,7 @@ def _trace(run: Run, batch: dict[str, Any]) -> tuple[int, float, float]:
     model = run.model.train()
     run._trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
     run.device = torch.device("cpu")
-    known = [*model.parameters(), *model.buffers()]
+    known = [t for held in (model, *run.held) for t in (*held.parameters(), *held.buffers())]
     live, both = Live(known), FlopCounterMode(display=False)
     window = Window([batch], float(run.task.count(batch)))
     with live, both:
@@ -280,7 +282,7 @@ def show_plan(words: list[str], as_json: bool) -> None:
     out.print(
         f"[bold]{'+'.join(found.methods)}[/] on {found.model}: {found.trainable:,} of {found.total:,} numbers train ({100 * found.trainable / found.total:.4f} %)"
     )
-    for sentence in settings.overridden:
+    for sentence in [*settings.overridden, *found.remarks]:
         out.print(f"note: {sentence}", markup=False)
     roles = Table(box=None, header_style="dim")
     for column in ("role", "trains", "of"):

@@ -187,7 +187,10 @@ class Record:
             try:
                 yield temporary
                 temporary.chmod(0o777 & ~UMASK)
-                for file in temporary.iterdir():
+                for file in temporary.rglob("*"):
+                    if file.is_dir():
+                        file.chmod(0o777 & ~UMASK)
+                        continue
                     file.chmod(0o666 & ~UMASK)
                     with file.open("rb") as handle:
                         os.fsync(handle.fileno())

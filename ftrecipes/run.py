@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ftrecipes import data as data_sets
-from ftrecipes import models, optim, registry
+from ftrecipes import models, optim, registry, stacking
 from ftrecipes.anatomy import Anatomy
 from ftrecipes.data.base import Dataset, micro_batches, order
 from ftrecipes.errors import FtrError, Interrupted, RunFailed, UserError
@@ -48,6 +49,7 @@ class Run:
     model, task, anatomy: the model, what its domain says, its parts by role. data: Datasets by split.
     step: updates done, over all fits. fit_step, fit_steps: those of the current fit.
     rounding: the largest change that rounding to a weight's dtype made when a delta was folded into it.
+    held: further models that stay in memory.
     """
 
     def __init__(self, settings: Settings, record: Record | None = None, console: Console | None = None) -> None:
@@ -67,11 +69,13 @@ class Run:
         self.update: Update = None  # type: ignore[assignment]
         self.step = self.fit_step = self.fit_steps = self.fit_index = 0
         self.fit_name = ""
+        self.within: tuple[int, int] | None = None
         self.rate = 0.0
         self.events: dict[str, int] = {}
         self.journal: dict[str, Any] = {}
         self.touched: set[str] = set()
         self.base_names: set[str] = set()
+        self.held: list[nn.Module] = []
         self.rounding = 0.0
         self.stopping: str | None = None
         self.remarks: list[str] = []
@@ -106,16 +110,28 @@ class Run:
         if self.settings.model.adapter and not meta:
             self.loaded = adapter.apply(self.loaded, Path(self.settings.model.adapter).expanduser())
         self.model, self.task = self.loaded.model, self.loaded.task
+        for method in self.stack:
+            method.set_up(self.task)
         if not meta:
             self.model.to(self.device)
             self.task.check(self.model)
             self.fingerprint = fingerprint(self.model, self.loaded.fresh)
-        self.anatomy = Anatomy(self.model, self.loaded.roles)
+        self.anatomy = Anatomy(self.model, self.loaded.roles, self.loaded.blocks)
+        for companion in self.task.companions():
+            self.hold(companion)
         self.base_names = set(self.model.state_dict(keep_vars=True))
         self.update = Update(self)
 
     def prepare(self, structure: dict[str, Any] | None = None) -> None:
         """Let the methods build themselves; afterwards what trains is fixed."""
+        if self.settings.hardware.checkpointing:  # first, so that what methods look at before training is as bounded as training
+            if hasattr(self.model, "enable_gradient_checkpointing"):  # diffusers' word for it
+                self.model.enable_gradient_checkpointing()  # type: ignore[operator]
+            else:
+                enable = getattr(self.model, "activation_checkpointing_enable", None) or self.model.gradient_checkpointing_enable
+                enable({"use_reentrant": False})  # type: ignore[operator]
+            if hasattr(self.model, "enable_input_require_grads"):
+                self.model.enable_input_require_grads()  # type: ignore[operator]
         self.stack.prepare(self, structure)
         extra = list(self.settings.model.also_train)
         for part in self.anatomy.select(extra) if extra else []:
@@ -123,36 +139,51 @@ class Run:
         if extra and not any(p.role in extra or f"re:{p.role}" in extra for p in self.anatomy.parts):
             have = ", ".join(sorted({part.role for part in self.anatomy.parts}))
             raise UserError(f"model.also_train={extra}: no such role in {self.settings.model.name}; it has {have}")
-        for name in self.loaded.fresh:
+        for name in self.loaded.fresh if all(m.trains_fresh for m in self.stack) else ():
             self.model.get_parameter(name).requires_grad_(True)
         if self.precision.endswith("mixed"):  # without autocast, mixed dtypes would not multiply
             for parameter in self.model.parameters():
                 if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
                     parameter.data = parameter.data.float()
+        if self.stack.at("sample"):
+            self.task.guide = lambda predict: self.stack.sample(self, predict)
         self._trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         if not self._trainable:
             raise UserError(f"nothing trains: {', '.join(m.key for m in self.stack)} left every weight frozen")
         self.touched |= set(self._trainable) & self.base_names
-        if self.settings.hardware.checkpointing:
-            enable = getattr(self.model, "activation_checkpointing_enable", None) or self.model.gradient_checkpointing_enable
-            enable({"use_reentrant": False})  # type: ignore[operator]
-            if hasattr(self.model, "enable_input_require_grads"):
-                self.model.enable_input_require_grads()  # type: ignore[operator]
 
-    def load_data(self) -> None:
-        """The splits of the data set, encoded; what was skipped or cut is remembered as a note."""
+    def restart(self) -> None:
+        """The run's model as it was before any update: loaded and prepared anew, one model in memory at a time.
+
+        Data, journal and the count of updates stay; for drives whose fits begin at one start.
+        """
+        self.optimizer = None
+        self.model = self.loaded.model = None  # type: ignore[assignment]
+        self.loaded.model = self.loaded.pristine()
+        self.model = self.loaded.model.to(self.device)
+        self.anatomy = Anatomy(self.model, self.loaded.roles, self.loaded.blocks)
+        self.touched = set()
+        self.prepare()
+        self.model.train()
+
+    def load_data(self, *, select: bool = True) -> None:
+        """The splits of the data set, encoded; what was skipped or cut is remembered as a note.
+
+        select: let the methods choose from the training data, which nobody needs who does not train.
+        """
         raw = data_sets.splits(self.settings)
         trainer = self.settings.trainer
         self.data = data_sets.datasets(raw, self.task, overfit=trainer.overfit, evaluate=trainer.eval_examples)
         self.retain_name = raw.retain_name
+        self.task.target = raw.target or self.task.target
         self.data_notes = list(raw.notes)
         if self.once("data", lambda: raw.fingerprint) != raw.fingerprint:
-            raise UserError(f"data {self.settings.data.name}: it changed since this run began, which cannot be resumed; start a new run")
+            raise UserError(f"data {self.settings.data.name}: it changed since this run began; start a new run")
         for name, dataset in self.data.items():
             if len(dataset) or name == "train":
                 dataset.prepare()
             self.data_notes += dataset.notes
-        for method in self.stack.at("data"):
+        for method in self.stack.at("data") if select else ():
             chosen = self.once(f"data:{method.key}", lambda m=method: self._select(m))  # type: ignore[misc]
             self.data["train"].keep = list(chosen["keep"])
             weight = chosen["weight"]
@@ -170,6 +201,11 @@ class Run:
     def trainable(self) -> dict[str, nn.Parameter]:
         """All parameters that train in this run, by name; some may be switched off for the moment."""
         return self._trainable
+
+    @property
+    def budget(self) -> int:
+        """Model positions of an automatic micro-batch."""
+        return TOKENS_GPU if self.device.type == "cuda" else TOKENS_CPU
 
     def active(self) -> dict[str, nn.Parameter]:
         """The trainable parameters that are switched on now."""
@@ -208,10 +244,28 @@ class Run:
         """Count an event of a mechanism (a re-selection, a merge, a switch)."""
         self.events[event] = self.events.get(event, 0) + n
 
-    def gradients(self, window: Window, loss: Loss | None = None) -> Tensor:
-        """Fill `.grad` with the window's gradient; see Update.gradients."""
+    def gradients(self, window: Window, loss: Loss | None = None, *, report: bool = True) -> Tensor:
+        """Fill `.grad` with the window's gradient; see Update.gradients.
+
+        report: whether this pass is the one whose reported sums are logged (a pass at other weights is not).
+        """
+        with self._reporting(report):
+            return self.update.gradients(window, loss)
+
+    def hessian_product(
+        self, window: Window, vector: Sequence[Tensor], loss: Loss | None = None, *, report: bool = True
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The loss and the product of its Hessian with a vector; fills `.grad` as well; see Update.hessian_product."""
+        with self._reporting(report):
+            return self.update.hessian_product(window, vector, loss)
+
+    @contextmanager
+    def _reporting(self, report: bool) -> Iterator[None]:
+        kept = {} if report else dict(self._reported)
         self._reported.clear()
-        return self.update.gradients(window, loss)
+        yield
+        if not report:
+            self._reported = kept
 
     def loss(self, window: Window, loss: Loss | None = None) -> Tensor:
         """The window's loss without gradients; see Update.loss."""
@@ -222,22 +276,37 @@ class Run:
         """The window of an update: the next `trainer.batch` examples of the shuffled stream, as micro-batches."""
         dataset = dataset or self.data["train"]
         size = batch or self.settings.trainer.batch
+        dataset.epoch = step * size // len(dataset.keep)
         places = order(len(dataset.keep), self.seed, step * size, size)
-        return self.window_of(dataset, [dataset.keep[i] for i in places])
+        return self.window_of(dataset, [dataset.keep[i] for i in places], step)
 
-    def window_of(self, dataset: Dataset, positions: Sequence[int]) -> Window:
-        """A window of these examples; in a run of several processes each holds its share."""
+    def window_of(self, dataset: Dataset, positions: Sequence[int], step: int = 0) -> Window:
+        """A window of these examples; in a run of several processes each holds its share.
+
+        Every example gets a seed, `draw`, for what is random about it at this step; it does not depend on the micro-batches.
+        """
         world = self.update.world
         units = float(dataset.task.units([dataset[i] for i in positions]))
         mine = list(positions[world.rank :: world.size])
         micro = self.settings.hardware.micro_batch
-        budget = TOKENS_GPU if self.device.type == "cuda" else TOKENS_CPU
-        splits = micro_batches(dataset, mine, examples=None if micro == "auto" else int(micro), budget=budget)
-        return Window([dataset.batch(split) for split in splits], units)
+        splits = micro_batches(dataset, mine, examples=None if micro == "auto" else int(micro), budget=self.budget)
+        micros = [dataset.batch(split) for split in splits]
+        times: Counter[int] = Counter()  # an example can stand in a window twice
+        seeds: list[tuple[int, int]] = []
+        for position in positions:
+            seeds.append((position, derive(self.seed, "draw", step, position, times[position])))
+            times[position] += 1
+        waiting: dict[int, list[int]] = {}
+        for position, seed in seeds[world.rank :: world.size]:
+            waiting.setdefault(position, []).append(seed)
+        for micro in micros:
+            micro["draw"] = torch.tensor([waiting[position].pop(0) for position in micro["example"].tolist()])
+        return Window(micros, units)
 
     def move(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A batch on the run's device."""
-        return {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        moved = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        return moved | {k: self.move(v) for k, v in batch.items() if isinstance(v, dict)}
 
     def calibration(self, examples: int, *, batch: int | None = None) -> Iterator[dict[str, Any]]:
         """The first examples of a shuffled pass over the training data, as batches on the device."""
@@ -265,9 +334,8 @@ class Run:
         if not len(dataset):
             return {}
         sums: dict[str, Tensor] = {}
-        budget = 4 * (TOKENS_GPU if self.device.type == "cuda" else TOKENS_CPU)
         with self.evaluating():
-            for positions in micro_batches(dataset, dataset.keep, examples=None, budget=budget):
+            for positions in micro_batches(dataset, dataset.keep, examples=None, budget=4 * self.budget):
                 for name, pair in self.task.measure(self.model, self.move(dataset.batch(positions))).items():
                     sums[name] = sums[name] + pair.double() if name in sums else pair.double()
             out = {name: float(pair[0] / pair[1]) for name, pair in sums.items()}
@@ -278,6 +346,12 @@ class Run:
     def pristine(self) -> nn.Module:
         """The model as it was loaded, a second one on the CPU; costs its memory as long as it is held."""
         return self.loaded.pristine()
+
+    def hold(self, model: nn.Module) -> nn.Module:
+        """Keep a further model on the run's device, frozen and in eval mode; plans count it."""
+        model.requires_grad_(False).eval()
+        self.held.append(model if next(model.parameters()).is_meta else model.to(self.device))
+        return self.held[-1]
 
     def forget(self, parameters: Sequence[nn.Parameter]) -> None:
         """Drop the optimizer's state of these parameters."""
@@ -308,7 +382,8 @@ class Run:
 
     def set_rate(self) -> None:
         """The learning rate of this update, by the schedule of the current fit."""
-        factor = optim.factor(self.settings.schedule, self.fit_step, self.fit_steps)
+        before, whole = self.within or (0, self.fit_steps)
+        factor = optim.factor(self.settings.schedule, before + self.fit_step, whole)
         self.rate = self.settings.optimizer.lr * factor
         for group in self.optimizer.param_groups if self.optimizer else []:
             group["lr"] = group["peak"] * factor
@@ -335,11 +410,19 @@ class Run:
         inside = {id(p) for _, block in self.anatomy.blocks for p in block.parameters()}
         return optim.build(knobs.name, built, knobs, lambda p: id(p) in inside)
 
-    def fit(self, steps: int | None = None, *, name: str | None = None) -> dict[str, Any]:
-        """Train for `steps` updates with a fresh optimizer and schedule; one that is finished returns its result at once."""
+    def begun(self, name: str) -> bool:
+        """Whether the fit of this name is finished, or is the one that a resumed run stands in."""
+        return f"fit:{name}" in self.journal or bool(self._resume and self._resume["fit"] == f"fit:{name}")
+
+    def fit(self, steps: int | None = None, *, name: str | None = None, within: tuple[int, int] | None = None) -> dict[str, Any]:
+        """Train for `steps` updates with a fresh optimizer and schedule; one that is finished returns its result at once.
+
+        within: the fit is a stretch of a longer schedule, (its updates before this fit, all of its updates).
+        """
         from ftrecipes.finetuner import train
 
         self.fit_index += 1
+        self.within = within
         key = f"fit:{name or self.fit_index}"
         if key in self.journal:
             return dict(self.journal[key])
@@ -510,7 +593,10 @@ class Run:
         if state:
             self.journal = state["journal"]
         self.load_data()
+        if self.record:
+            self.record.update(data=self.journal["data"])
         before = self.once("before", lambda: {s: self.evaluate(s) for s in ("test", "retain")})
+        shown = self.once("samples", self._samples)
         self.prepare(state["structure"] if state else None)
         if state:
             self._restore(state)
@@ -532,6 +618,10 @@ class Run:
             "after": after,
             "steps": self.step,
             "events": self.events,
+            "samples": [
+                {"prompt": was["prompt"], "wanted": was["wanted"], "before": was["now"], "after": is_["now"]}
+                for was, is_ in zip(shown, self._samples(), strict=True)
+            ],
             "trainable": sum(p.numel() for p in self._trainable.values()),
             "total": sum(p.numel() for p in self.model.parameters()),
             "best": {k: v for k, v in self.best.items() if k != "checkpoint"},
@@ -548,6 +638,13 @@ class Run:
         if self.console:
             self.console.end(self, results)
         return results
+
+    def _samples(self) -> list[dict[str, str]]:
+        """The first test examples with what the model makes of them now."""
+        test = self.data["test"]
+        with self.evaluating():
+            samples = self.task.samples(self, [test.raw[i] for i in test.keep[: self.settings.trainer.samples]])
+        return [{"prompt": s["prompt"], "wanted": s["wanted"], "now": s["answer"]} for s in samples]
 
     def _find_checkpoint(self) -> dict[str, Any] | None:
         if not self.record:
@@ -636,7 +733,8 @@ class Run:
             )
         tuned = load_tuned(record)
         if data:
-            run.load_data()
+            run.journal["data"] = info["data"]
+            run.load_data(select=False)
         run.prepare(tuned["structure"])
         run.touched |= set(tuned["weights"]) & run.base_names
         run.load_weights(tuned["weights"])
@@ -646,6 +744,7 @@ class Run:
 
     def merge(self) -> nn.Module:
         """Fold all methods into the plain model and return it."""
+        stacking.check_mergeable(self.settings.method)
         with torch.no_grad():
             self.stack.merge(self)
         if left := sorted(set(self.model.state_dict()) - self.base_names):

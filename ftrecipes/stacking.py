@@ -8,11 +8,15 @@ What a method's `about:` block says for it:
                a stack in which nobody picks trains every weight
     whole:     true when it needs all weights to be trainable (an activity schedule over full weights)
     gradients: false when its step computes no gradients
+    carrier:   methods that stand before it where nobody picks what trains, {lora: {tiny: settings, paper: settings}}
     nests:     true when its drive can run inside another one
+    pairs:     true when it learns from chosen and rejected answers; of a data set: whether it has them
+    unmergeable: why the weights of the plain model cannot hold what it made
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +56,14 @@ def check(settings: Settings) -> None:
             f"data {settings.data.name} is for {', '.join(data_domains)}, and model {settings.model.name} is {domain}; "
             f"choose data for it (ftr ls data)"
         )
+    data = settings.entry("data")
+    for method in methods:
+        if method.about.get("pairs") and not data.about.get("pairs"):
+            have = ", ".join(name for name, entry in catalogue.entries("data").items() if entry.about.get("pairs") is True)
+            raise UserError(
+                f"{method.name} learns from chosen and rejected answers, and data {data.name} has none; "
+                f"use data={have}, or data=file with columns prompt, chosen, rejected"
+            )
     for a, b in combinations(methods, 2):
         if reason := pair(a, b, settings):
             raise UserError(f"{a.name} and {b.name} cannot stack: {reason}")
@@ -73,6 +85,14 @@ def pair(a: Entry, b: Entry, settings: Settings | None = None) -> str | None:
     if _at(a, "drive") and _at(b, "drive") and not (a.about.get("nests") or b.about.get("nests")):
         return "each drives the whole training; keep one of them"
     return _same_weights(a, b, settings) or _clash(a, b, settings) or _clash(b, a, settings)
+
+
+def check_mergeable(names: Iterable[str]) -> None:
+    """Refuse to fold methods into plain weights which these cannot hold."""
+    known = catalogue.entries("method")
+    for name in names:
+        if name in known and (reason := known[name].about.get("unmergeable")):
+            raise UserError(f"{name} cannot be folded into plain weights: {reason}")
 
 
 def _at(method: Entry, point: str) -> bool:
@@ -99,6 +119,8 @@ def _clash(a: Entry, b: Entry, settings: Settings | None) -> str | None:
         return f"{a.name} computes no gradients, {b.name} acts on them"
     if a.about.get("gradients") is False and _at(b, "optimizer"):
         return f"{a.name} updates the weights itself, {b.name} brings an optimizer"
+    if _at(a, "loss") and _at(b, "weights"):
+        return f"{a.name} replaces the loss, so the weights that {b.name} gives to tokens or examples would be lost"
     reason = (a.about.get("excludes") or {}).get(b.name)
     return str(reason) if reason else None
 
@@ -123,9 +145,11 @@ def picking(settings: Settings) -> list[Entry]:
 def leads(settings: Settings) -> list[Entry]:
     """The methods in the order in which they supply learning rate, steps and the like.
 
-    First the one that picks what trains, else the first listed; `full` stands last where nobody picks.
+    First one that runs on a carrier (a paper that trains an adapter by a rule of its own), then the one that picks what
+    trains, else the first listed; `full` stands last where nobody picks.
     """
     methods = settings.methods()
     picks = picking(settings)
-    order: list[Any] = picks[:1] + [m for m in methods if m not in picks[:1]]
+    first = [m for m in methods if "carrier" in m.about] + picks[:1]
+    order: list[Any] = first + [m for m in methods if m not in first]
     return order if picks else [*order, catalogue.get("method", "full")]

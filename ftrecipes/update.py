@@ -11,13 +11,15 @@ method likes on the same window: dropout draws depend on (seed, fit, step, micro
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ftrecipes.errors import RunFailed
 
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
     from ftrecipes.tasks.base import Batch
 
 Loss = Callable[["Batch"], Tensor]
+ONCE = re.compile(r"derivative for \S+ is not implemented|no autograd formula")
+"""What torch says of an operation without a second derivative."""
+TWICE = "this model cannot be differentiated twice; take model.attention=sdpa or eager, and no method that trains chosen entries of weights"
 
 
 class Window:
@@ -96,6 +101,7 @@ class Update:
         precision = run.precision
         self.autocast_dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
         self.scaler = Scaler() if precision == "16-mixed" else None
+        self._twice = False
 
     def autocast(self) -> AbstractContextManager[object]:
         """Mixed precision around a forward pass; backward, rules and optimizer run outside it."""
@@ -132,6 +138,54 @@ class Update:
         total = wide(total)
         self.world.sum([*grads, total])
         return total
+
+    def hessian_product(self, window: Window, vector: Sequence[Tensor], loss: Loss | None = None) -> tuple[Tensor, list[Tensor]]:
+        """The window's loss, and the product of its Hessian with a vector that has the shapes of `run.active()`; fills `.grad` too.
+
+        By differentiating twice, exact to rounding. Attention runs in plain operations meanwhile, since its fused
+        kernels have no second derivative; where another part of the model has none, the run stops with one line.
+        """
+        active = list(self.run.active().values())
+        for parameter in self.run.model.parameters():
+            parameter.grad = None
+        product = [torch.zeros_like(p) for p in active]
+        total: Tensor | None = None
+        try:
+            with sdpa_kernel(SDPBackend.MATH):
+                for value in self._forward(window, loss):
+                    total = value.detach() if total is None else total + value.detach()
+                    grads = torch.autograd.grad(value, active, create_graph=True, allow_unused=True)
+                    self._check_twice(grads)
+                    there = [(g, v) for g, v in zip(grads, vector, strict=True) if g is not None and g.requires_grad]
+                    found = torch.autograd.grad([g for g, _ in there], active, [v for _, v in there], allow_unused=True)
+                    for parameter, grad, part, sum_ in zip(active, grads, found, product, strict=True):
+                        if grad is not None:
+                            parameter.grad = grad.detach() if parameter.grad is None else parameter.grad + grad.detach()
+                        if part is not None:
+                            sum_ += part
+        except RuntimeError as error:
+            if not ONCE.search(str(error)):
+                raise
+            raise RunFailed(f"{TWICE} ({str(error).splitlines()[0]})") from None
+        assert total is not None
+        total = wide(total)
+        self.world.sum([*(p.grad for p in active if p.grad is not None), *product, total])
+        return total, product
+
+    def _check_twice(self, grads: Sequence[Tensor | None]) -> None:
+        """Look once for a function that is differentiable once only: torch would leave out its share without a word."""
+        if self._twice:
+            return
+        nodes, seen = [g.grad_fn for g in grads if g is not None and g.grad_fn], set()
+        while nodes:
+            node = nodes.pop()
+            if type(node).__name__ == "Error":
+                raise RunFailed(f"{TWICE} (a function in it is made to be differentiated once)")
+            for after, _ in node.next_functions:
+                if after is not None and after not in seen:
+                    seen.add(after)
+                    nodes.append(after)
+        self._twice = True
 
     @torch.no_grad()
     def loss(self, window: Window, loss: Loss | None = None) -> Tensor:

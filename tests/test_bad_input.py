@@ -117,6 +117,8 @@ BAD: dict[str, Bad] = {
     "two owners of the update": Bad(["method=[mezo,gmt]"], ["mezo computes no gradients", "gmt"]),
     "optimizer beside its owner": Bad(["method=lift", "optimizer=lion"], ["lift brings its own optimizer"]),
     "a paper of another domain": Bad(["method=dft", "model=toy"], ["dft is for", "toy"]),
+    "pairs for a method that needs them": Bad(["method=dpo", "data=storyqa"], ["dpo learns from chosen and rejected", "data=storypairs"]),
+    "a loss beside weights": Bad(["method=[asft,dft]"], ["asft and dft cannot stack", "asft replaces the loss"]),
     "data of another domain": Bad(["model=toy", "data=storyqa"], ["storyqa is for causal-lm", "toy"]),
     # code in configs
     "_target_ on the command line": Bad(["+x._target_=os.system"], ["_target_", "configs are data"]),

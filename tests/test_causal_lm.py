@@ -123,6 +123,27 @@ def test_labels_are_the_answers_and_their_ends(name: str) -> None:
     assert (encoded["labels"][len(prompt) + len(last) :] == IGNORE).all()
 
 
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_other_answers_stand_in_the_place_of_the_last_one(name: str) -> None:
+    template, end = TEMPLATES[name]
+    task = make_task(template)
+    example = {"messages": TURNS, "others": ["No.", "It is 4."]}
+    encoded = task.encode(example)
+    assert learned(task, example) == f"It is 3, I say.{end}"  # earlier answers are the same for all and do not count
+    assert [task.tokenizer.decode(o["labels"][o["labels"] != IGNORE]) for o in encoded["others"]] == [f"No.{end}", f"It is 4.{end}"]
+    at = int((encoded["labels"] != IGNORE).argmax())
+    assert all(list(o["ids"][:at]) == list(encoded["ids"][:at]) for o in encoded["others"])
+    pairs = [task.encode({"prompt": "How many?", "response": f"{i}.", "others": [f"{i} and {i}."]}) for i in range(3)]
+    batch = task.collate(pairs)
+    assert batch["others"]["owner"].tolist() == [0, 1, 2]
+    assert task.cost(pairs) == batch["ids"].numel() + batch["others"]["ids"].numel()
+    assert task.count(batch) == sum(p["units"] for p in pairs)
+    task.unit = "example"
+    assert task.count(task.collate(pairs)) == task.units(pairs) == 3
+    with pytest.raises(ValueError, match="nothing to learn"):
+        task.encode({"prompt": "word " * 200, "response": "a", "others": ["b"]})
+
+
 def test_texts_and_completions_are_raw() -> None:
     task = make_task()
     begin, end = task.tokenizer.bos_token_id, task.tokenizer.eos_token_id

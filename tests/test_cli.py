@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -58,6 +60,9 @@ def test_train_writes_a_record_that_eval_and_compare_read(tmp_path: Path) -> Non
     assert info["status"] == "done" and info["results"]["steps"] == 3 and info["methods"] == ["lora"]
     again = json.loads(ftr("eval", str(folder), "--json", cwd=tmp_path).stdout)
     assert again["test"]["nll"] == pytest.approx(info["results"]["after"]["test"]["nll"], abs=1e-6)
+    first, second = info["results"]["samples"]
+    assert set(first) == {"prompt", "wanted", "before", "after"} and first["prompt"] != second["prompt"]
+    assert f"wanted  {first['wanted']}\n" in done.stdout
     other = ftr("train", "method=lora", *QUICK, "seed=1", cwd=tmp_path)
     assert other.returncode == 0, other.stderr
     lines = json.loads(ftr("compare", "outputs", "--json", cwd=tmp_path).stdout)
@@ -100,6 +105,19 @@ def test_a_plugin_brings_a_method(tmp_path: Path) -> None:
     assert json.loads((folder / "run.json").read_text())["results"]["events"]["pulled"] == 3
     refused = ftr("train", "method=mine", cwd=tmp_path)
     assert refused.returncode == 2 and "unknown method 'mine'" in refused.stderr
+
+
+def test_the_example_of_the_readme_runs_as_written(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    code = re.search(r"```python\n(# ema_anchor\.py\n.*?)```", text, re.S)
+    command = re.search(r"^ftr (train --plugin ema_anchor\.py .*)$", text, re.M)
+    assert code and command
+    (tmp_path / "ema_anchor.py").write_text(code[1])
+    done = ftr(*shlex.split(command[1]), *QUICK, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (folder,) = tmp_path.glob("outputs/*/*")
+    assert json.loads((folder / "run.json").read_text())["results"]["events"]["pulls"] == 3
+    assert json.loads(ftr("eval", str(folder), "--plugin", "ema_anchor.py", "--json", cwd=tmp_path).stdout)["test"]["nll"] > 0
 
 
 def test_plan_counts_svft_at_8b(tmp_path: Path) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tools import SMALL, build, train, weights
+from tools import SMALL, SMALL_VIT, build, small, train, weights
 
 from ftrecipes import catalogue, registry, stacking
 from ftrecipes.compose import compose
@@ -21,22 +22,39 @@ METHODS = sorted(catalogue.entries("method"))
 STEPS = ["trainer.max_steps=4", "hardware.micro_batch=3"]
 # Settings that let a mechanism show itself within four updates, by method.
 KNOBS: dict[str, list[str]] = {
+    "lines": ["method.lines.alpha=0.5"],  # on random weights nothing is forgotten, and the best point is the end
+    "bitfit": ["model.architecture.attention_bias=true", "model.architecture.mlp_bias=true"],
     "diff_pruning": ["method.diff_pruning.target_sparsity=0.5"],
     "grades": ["method.grades.tau=q0.5@2", "method.grades.alpha=0"],
     "lift": ["method.lift.update_interval=2"],
     "lisa": ["method.lisa.interval=2", "method.lisa.gamma=1"],
     "sparse_ft_llm": ["method.sparse_ft_llm.reselection_steps=2", "method.sparse_ft_llm.selection_accumulation_steps=1"],
     "periodic_lora": ["method.periodic_lora.stage_steps=2"],
+    "taft": ["method.taft.shards=1"],
+    "draft": ["method.draft.num_steps=3"],
+    "dpok": ["method.dpok.num_steps=3", "method.dpok.p_batch_size=4", "method.dpok.v_batch_size=8"],
 }
+# How a method that finds its own rate takes a given one.
+RATE: dict[str, list[str]] = {"oasis": ["method.oasis.adaptive_lr=false"]}
 # Which parts of the contract do not apply, and why.
 EXEMPT: dict[tuple[str, str], str] = {
     **{(m, "events"): "the mechanism is the added module itself" for m in ("lora", "dora", "svft")},
     **{(m, "events"): "a baseline without a mechanism of its own" for m in ("full", "linear_probe")},
+    **{(m, "events"): "the mechanism is the added module itself" for m in ("flora_tucker", "vera")},
+    ("oft", "events"): "projections are counted where coft asks for them; else the mechanism is the added module itself",
+    ("rl_guidance", "weights of draft"): "it mixes outputs while sampling; the tune that it takes is that of draft",
+    ("taft", "hardware.checkpointing=true"): "refused: what is computed anew would lack the tangents",
+    ("eva", "count"): "the data decide how a budget of ranks is shared by weights of different sizes; a plan shares it evenly",
 }
 
 
 def words(method: str, *more: str) -> list[str]:
-    return [f"method={method}", *SMALL, *STEPS, *KNOBS.get(method, []), *more]
+    return [f"method={method}", *small(method), *STEPS, *KNOBS.get(method, []), *more]
+
+
+def answers(outputs: Any) -> torch.Tensor:
+    """What a model says, as one tensor."""
+    return next(getattr(outputs, name) for name in ("logps", "logits", "prediction") if hasattr(outputs, name))
 
 
 def applies(method: str, part: str) -> None:
@@ -73,16 +91,17 @@ def test_a_paper_has_a_proof_and_a_mutation(method: str) -> None:
 def test_frozen_stays_trained_moves_and_counts_are_as_planned(method: str) -> None:
     run = build(*words(method))
     planned = plan(compose(words(method)))
-    assert planned.trainable == sum(p.numel() for p in run.trainable().values())
+    if (method, "count") not in EXEMPT:
+        assert planned.trainable == sum(p.numel() for p in run.trainable().values())
     before = weights(run)
     run.stack.drive(run, run.fit)
     run.stack.finish(run)
     after = weights(run)
     trains = set(run.trainable())
     may_move = trains | run.touched | set().union(*(m.writes() for m in run.stack))
-    for name in before.keys() - may_move:
+    for name in (before.keys() & after.keys()) - may_move:  # adapters may be given up at the end
         assert after[name].equal(before[name]), f"{name} is frozen and moved"
-    moved = [n for n in trains if n in before and not after[n].equal(before[n])]
+    moved = [n for n in trains if n in before and not (n in after and after[n].equal(before[n]))]  # some are dropped at the end
     assert len(moved) >= 0.5 * len(trains), f"only {len(moved)} of {len(trains)} trainable tensors moved"
 
 
@@ -91,12 +110,17 @@ def test_reloads_and_merges_to_equal_outputs(method: str, tmp_path: Path) -> Non
     run = train(*words(method), folder=tmp_path)
     batch = run.data["test"].batch(list(run.data["test"].keep)[:4])
     with torch.no_grad():
-        wanted = run.task.outputs(run.model.eval(), batch).logps
+        wanted = answers(run.task.outputs(run.model.eval(), batch))
         opened = Run.open(tmp_path)
-        assert opened.task.outputs(opened.model, batch).logps.equal(wanted)
-        merged = opened.merge()
-        torch.testing.assert_close(opened.task.outputs(merged, batch).logps, wanted, rtol=1e-4, atol=1e-5)
-    assert type(merged).__name__ == "LlamaForCausalLM" and not any(hasattr(m, "delta") or hasattr(m, "chosen") for m in merged.modules())
+        assert answers(opened.task.outputs(opened.model, batch)).equal(wanted)
+        if reason := catalogue.get("method", method).about.get("unmergeable"):
+            with pytest.raises(UserError, match=f"{method} cannot be folded into plain weights: {re.escape(reason)}"):
+                opened.merge()
+        else:
+            merged = opened.merge()
+            torch.testing.assert_close(answers(opened.task.outputs(merged, batch)), wanted, rtol=1e-4, atol=1e-5)
+            assert type(merged) is type(opened.pristine())
+            assert not any(hasattr(m, what) for m in merged.modules() for what in ("delta", "chosen", "inserted"))
     saved = sum(f.stat().st_size for f in (tmp_path / "tuned").iterdir())
     whole = 4 * sum(p.numel() for p in opened.model.parameters())
     share = sum(p.numel() for p in run.trainable().values()) / sum(p.numel() for p in opened.model.parameters())
@@ -108,7 +132,7 @@ def test_reloads_and_merges_to_equal_outputs(method: str, tmp_path: Path) -> Non
 def test_two_seeds_differ_and_one_repeats(method: str) -> None:
     def final(seed: int) -> dict[str, torch.Tensor]:
         run = build(
-            *words(method, f"seed={seed}", "model.architecture.num_hidden_layers=1", *(["method.lisa.gamma=1"] if method == "lisa" else []))
+            *words(method, f"seed={seed}", *(["model.architecture.num_hidden_layers=1"] if small(method) in (SMALL, SMALL_VIT) else []))
         )
         run.stack.drive(run, run.fit)
         return weights(run)
@@ -129,7 +153,7 @@ def test_its_mechanism_fires(method: str, tmp_path: Path) -> None:
 def test_is_no_other_method_by_a_new_name(method: str, twenty: Any) -> None:
     mine = twenty(method)
     for other in METHODS:
-        if other != method:
+        if other != method and (method, f"weights of {other}") not in EXEMPT and (other, f"weights of {method}") not in EXEMPT:
             theirs = twenty(other)
             same = mine.keys() == theirs.keys() and all(mine[n].equal(theirs[n]) for n in mine)
             assert not same, f"{method} and {other} end with the same weights"
@@ -137,18 +161,18 @@ def test_is_no_other_method_by_a_new_name(method: str, twenty: Any) -> None:
 
 @pytest.fixture(scope="module")
 def twenty() -> Any:
-    """Merged weights after 20 small updates at equal rate, batch and seed, made once a method."""
+    """Weights, merged where that can be, after 20 small updates at equal rate, batch and seed, made once a method."""
     made: dict[str, dict[str, torch.Tensor]] = {}
 
     def get(method: str) -> dict[str, torch.Tensor]:
         if method not in made:
-            run = build(
-                *words(method, "trainer.max_steps=20", "optimizer.lr=1e-3", "trainer.batch=4", "schedule=constant", "schedule.warmup=0")
-            )
+            equal = ["trainer.max_steps=20", "optimizer.lr=1e-3", "trainer.batch=4", "schedule=constant", "schedule.warmup=0"]
+            run = build(*words(method, *equal, *RATE.get(method, [])))
             run.stack.drive(run, run.fit)
             run.model.eval()
             run.stack.finish(run)
-            made[method] = {n: p.detach().clone() for n, p in run.merge().named_parameters()}
+            plain = run.model if catalogue.get("method", method).about.get("unmergeable") else run.merge()
+            made[method] = {n: p.detach().clone() for n, p in plain.named_parameters()}
         return made[method]
 
     return get
@@ -159,6 +183,9 @@ def twenty() -> Any:
     "how", ["hardware.precision=bf16-mixed", "hardware.precision=bf16", "hardware.checkpointing=true", "data.packing=true"]
 )
 def test_runs_in_other_ways(method: str, how: str) -> None:
+    applies(method, how)
+    if how.startswith("data.packing") and small(method) != SMALL:
+        pytest.skip("packing is of texts")
     run = build(*words(method, how, "trainer.max_steps=2"))
     run.stack.drive(run, run.fit)
     assert run.step == 2
@@ -175,11 +202,11 @@ def test_every_pair_is_trained_or_refused_with_a_reason() -> None:
     refused = 0
     for a in METHODS:
         for b in METHODS:
-            if a == b:
+            if a == b or not small(a, b):
                 continue
             reason = stacking.pair(catalogue.get("method", a), catalogue.get("method", b))
             try:
-                compose([f"method=[{a},{b}]", *SMALL])
+                compose([f"method=[{a},{b}]", *small(a, b)])
                 assert reason is None, f"{a}+{b} composes, ftr show says {reason}"
             except UserError as error:
                 refused += 1

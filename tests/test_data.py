@@ -63,6 +63,7 @@ def one(tmp_path: Path, row: dict[str, Any], **given: Any) -> tuple[str, dict[st
 
 QA = {"prompt": "Hi?", "response": "Yes."}
 CHAT = {"messages": TURNS}
+WORSE = {"role": "assistant", "content": "Go away."}
 SHAREGPT = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]
 SHAPES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     "alpaca": ({"instruction": "Add.", "input": "1 2", "output": "3"}, "instruction", {"prompt": "Add.\n\n1 2", "response": "3"}),
@@ -90,6 +91,33 @@ SHAPES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
         {"messages": [{"role": "system", "content": "Be."}, *TURNS]},
     ),
     "content in parts": ({"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, TURNS[1]]}, "chat", CHAT),
+    "preference": ({"prompt": "Hi?", "chosen": "Yes.", "rejected": "No."}, "preference", {**QA, "others": ["No."]}),
+    "preference with system and input": (
+        {"system": "Be.", "question": "Hi?", "context": "A.", "chosen": "Yes.", "rejected": "No."},
+        "preference",
+        {"prompt": "Hi?\n\nA.", "response": "Yes.", "system": "Be.", "others": ["No."]},
+    ),
+    "preference as dialogues": (
+        {"prompt": "Hi", "chosen": TURNS, "rejected": [TURNS[0], WORSE], "messages": TURNS, "score": 9.5},
+        "preference",
+        {**CHAT, "others": ["Go away."]},
+    ),
+    "preference, prompt inside": ({"chosen": SHAREGPT, "rejected": [TURNS[0], WORSE]}, "preference", {**CHAT, "others": ["Go away."]}),
+    "preference, prompt as turns": (
+        {"prompt": TURNS[:1], "chosen": TURNS[1:], "rejected": [WORSE]},
+        "preference",
+        {**CHAT, "others": ["Go away."]},
+    ),
+    "preference, prompt as turns, answers as text": (
+        {"prompt": TURNS[:1], "chosen": "Hello.", "rejected": "Go away."},
+        "preference",
+        {**CHAT, "others": ["Go away."]},
+    ),
+    "preference, prompt as text, answers as turns": (
+        {"prompt": "Hi", "chosen": TURNS[1:], "rejected": [WORSE]},
+        "preference",
+        {**CHAT, "others": ["Go away."]},
+    ),
     "text": ({"text": "Once.", "url": "x"}, "text", {"text": "Once."}),
     "text, label": ({"text": "Bad.", "label": "negative"}, "classification", {"prompt": "Bad.", "response": "negative"}),
     "sentence, label, idx": ({"idx": 3, "sentence": "Bad.", "label": 0}, "classification", {"prompt": "Bad.", "response": "0"}),
@@ -116,6 +144,20 @@ def test_columns_and_formats_can_be_named(tmp_path: Path) -> None:
     assert one(tmp_path, row, format="text") == ("text", {"text": "Bad."})
     with pytest.raises(UserError, match=r"data\.columns\.label: format text has no such field"):
         one(tmp_path, row, format="text", columns={"label": "label"})
+
+
+def test_preference_columns_can_be_named_and_single_answers_can_be_taken(tmp_path: Path) -> None:
+    row = {"q": "Hi?", "better": "Yes.", "worse": "No."}
+    assert one(tmp_path, row, columns={"prompt": "q", "chosen": "better", "rejected": "worse"}) == ("preference", {**QA, "others": ["No."]})
+    row = {"prompt": "Hi?", "chosen": "Yes.", "rejected": "No."}
+    assert one(tmp_path, row, columns={"prompt": "prompt", "response": "chosen"}) == ("instruction", QA)
+    assert one(tmp_path, {**row, "messages": TURNS}, format="chat") == ("chat", CHAT)
+    found = read(lines(tmp_path / "a.jsonl", *({**row, "prompt": f"{i}?"} for i in range(30))))
+    assert found.target == "preference"
+    assert (
+        "read as preference (chosen=chosen, rejected=rejected, prompt=prompt); a method that learns from single answers" in found.notes[0]
+    )
+    assert read(lines(tmp_path / "b.jsonl", GOOD)).target == ""
 
 
 def test_columns_from_the_command_line(in_tmp: Path) -> None:
@@ -164,6 +206,7 @@ def saved(folder: Path) -> None:
 
 
 GOOD = {"question": "Hi?", "answer": "Yes."}
+PAIR = {"prompt": "x", "chosen": "y", "rejected": "z"}
 BAD: dict[str, tuple[str, Callable[[Path], None], str] | tuple[str, Callable[[Path], None], str, dict[str, Any]]] = {
     "no path": ("", rows(GOOD), r"data=file needs data\.path="),
     "missing file": ("b.jsonl", rows(GOOD), r"b\.jsonl: no such file; did you mean 'a\.jsonl'\?"),
@@ -197,7 +240,18 @@ BAD: dict[str, tuple[str, Callable[[Path], None], str] | tuple[str, Callable[[Pa
     "unknown field": ("a.jsonl", rows(GOOD), r"data\.columns\.promt: unknown; did you mean 'prompt'\?", {"columns": {"promt": "question"}}),
     "wrong format": ("a.csv", text("a.csv", "question,answer\na,b\n"), r"a\.csv: no column for the messages .*; there are question, answer", {"format": "chat"}),
     "column is gone": ("a.jsonl", rows(GOOD, {"question": "x", "anser": "y"}), r"a\.jsonl:2: no column 'answer'; did you mean 'anser'\?"),
-    "preferences": ("a.jsonl", rows({"prompt": "x", "chosen": "y", "rejected": "z"}), r"a\.jsonl:1: these are preference pairs \(there are prompt, chosen, rejected\)"),
+    "pair without a prompt": ("a.jsonl", rows(PAIR, {"chosen": "y", "rejected": "z"}), r"a\.jsonl:2: chosen and rejected are text and need a prompt"),
+    "pair with an empty prompt": ("a.csv", text("a.csv", "prompt,chosen,rejected\na,b,c\n,b,c\n"), r"a\.csv:3: empty prompt"),
+    "pair of equals": ("a.jsonl", rows(PAIR, {**PAIR, "rejected": "y"}), r"a\.jsonl:2: chosen and rejected are the same answer"),
+    "pair without a rejected answer": ("a.jsonl", rows(PAIR, {**PAIR, "rejected": " "}), r"a\.jsonl:2: empty rejected answer"),
+    "pair, null": ("a.jsonl", rows(PAIR, {**PAIR, "rejected": None}), r"a\.jsonl:2: column 'rejected' holds null; text is needed"),
+    "pair of two kinds": ("a.jsonl", rows({**PAIR, "chosen": TURNS}), r"a\.jsonl:1: chosen is a list and rejected str; both must be text or lists of turns"),
+    "pair of two prompts": ("a.jsonl", rows({"chosen": TURNS, "rejected": [{"role": "user", "content": "Ho"}, TURNS[1]]}), r"a\.jsonl:1: chosen and rejected part at turn 1, before their last answer"),
+    "pair of two lengths": ("a.jsonl", rows({"chosen": [*TURNS, *TURNS], "rejected": TURNS}), r"a\.jsonl:1: chosen and rejected part at turn 3, before their last answer"),
+    "pair that ends with a question": ("a.jsonl", rows({"chosen": TURNS, "rejected": TURNS[:1]}), r"a\.jsonl:1: rejected does not end with an answer of the assistant"),
+    "pair with an unknown role": ("a.jsonl", rows({"chosen": TURNS, "rejected": [{"role": "robot", "content": "x"}]}), r"a\.jsonl:1: turn 1: unknown role 'robot'"),
+    "pair, a column is gone": ("a.jsonl", rows(PAIR, {"prompt": "x", "chosen": "y", "rejcted": "z"}), r"a\.jsonl:2: no column 'rejected'; did you mean 'rejcted'\?"),
+    "pairs asked for": ("a.jsonl", rows(GOOD), r"a\.jsonl:1: no column for the chosen \(usual: chosen, preferred\); there are question, answer", {"format": "preference"}),
     "list as answer": ("a.jsonl", rows(GOOD, {"question": "x", "answer": ["y"]}), r"a\.jsonl:2: column 'answer' holds a list; text is needed"),
     "null as answer": ("a.jsonl", rows(GOOD, {"question": "x", "answer": None}), r"a\.jsonl:2: column 'answer' holds null; text is needed"),
     "fraction as answer": ("a.parquet", parquet_rows({"question": "x", "answer": 0.5}), r"a\.parquet: row 1: column 'answer' holds a number with a fraction"),
@@ -577,6 +631,8 @@ def test_a_run_does_not_go_on_with_other_data(in_tmp: Path, monkeypatch: pytest.
     monkeypatch.setattr(tools, "train", resumed)
     with pytest.raises(UserError, match="data file: it changed since this run began"):
         train_cut_short(*words, folder=in_tmp / "other", at=5)
+    with pytest.raises(UserError, match="data file: it changed since this run began"):
+        Run.open(in_tmp / "same", data=True)
 
 
 def test_formats_are_declared_once() -> None:
@@ -588,3 +644,20 @@ def test_formats_are_declared_once() -> None:
         assert set(entry.knobs["format"]["choices"]) == {"auto", *formats.FORMATS}
         assert set(entry.knobs) - {"path", "id", "config", "revision"} == set(catalogue.get("data", "file").knobs) - {"path"}
     assert {f for required, optional in formats.FORMATS.values() for f in required + optional} == set(formats.NAMES)
+
+
+def test_packaged_pairs_have_one_right_and_one_wrong_answer() -> None:
+    splits = splits_of(compose(["data=storypairs", "data.size=2000"]))
+    single = splits_of(compose(["data=storyqa", "data.size=50"]))
+    assert splits.target == "preference" and not single.target
+    kinds: dict[str, list[bool]] = {}
+    for example in [*splits.train, *splits.test]:
+        (wrong,) = example["others"]
+        assert wrong != example["response"] and len(wrong.split()) == len(example["response"].split())
+        assert wrong.isdecimal() == example["response"].isdecimal()
+        if example["kind"] in ("move", "colour", "give", "compare"):  # of the same form
+            assert wrong.startswith("in the ") == (example["kind"] == "move")
+            kinds.setdefault(example["kind"], []).append(wrong.split()[-1] in example["prompt"])
+    assert all(0.6 < sum(told) / len(told) < 1.0 for told in kinds.values())
+    prompts = [{e["prompt"] for e in split} for split in (splits.train, splits.validation, splits.test)]
+    assert not (prompts[0] & prompts[1] or prompts[0] & prompts[2] or prompts[1] & prompts[2])

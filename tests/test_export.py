@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 from ftrecipes import cli, export
 from ftrecipes.errors import UserError
 from ftrecipes.models.base import PACKAGED
+from ftrecipes.report import finished
 
 SHORT = ("trainer.max_steps=2", "trainer.batch=8", "trainer.eval_examples=4", "data.size=64")
 TEXT = (*SMALL, *SHORT)
@@ -112,7 +113,8 @@ def test_card_says_what_was_tuned(trained: Trained, tmp_path: Path) -> None:
 
 def test_merge_rounds_once_and_says_how_far(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_folder = trained(*TEXT, "hardware.precision=bf16-mixed", "method=lora", "model.also_train=[norm]", "optimizer.lr=0.02")
-    capsys.readouterr()
+    finished.generate(str(run_folder), "Anna has a ball.", None, 4, 0.0, True)  # two dtypes in one forward pass
+    assert json.loads(capsys.readouterr().out)[0]["prompt"] == "Anna has a ball."
     folder = export.merge(str(run_folder), str(tmp_path / "merged"))
     said = re.search(r"rounding to bfloat16 moved no weight by more than (\S+)", capsys.readouterr().out)
     assert said and said[0] in (folder / "README.md").read_text()

@@ -18,13 +18,13 @@ from typing import Any
 import pytest
 from processes import die, fork, ftr, wait
 from safetensors.torch import load_file
-from tools import SMALL
+from tools import SMALL, small
 
 from ftrecipes import catalogue
 
 STEPS = 12
 COMMON = [
-    *SMALL, f"trainer.max_steps={STEPS}", "trainer.checkpoint_every=3", "trainer.eval_every=5", "trainer.log_every=1",
+    f"trainer.max_steps={STEPS}", "trainer.checkpoint_every=3", "trainer.eval_every=5", "trainer.log_every=1",
     "hardware.micro_batch=3", "resume=auto",
 ]  # fmt: skip
 KNOBS = {
@@ -33,13 +33,16 @@ KNOBS = {
     "lisa": ["method.lisa.interval=4", "method.lisa.gamma=1"],
     "periodic_lora": ["method.periodic_lora.stage_steps=5", "method.periodic_lora.momentum=0.2"],
     "mezo": ["method.mezo.n=2"],
+    "adalora": ["method.adalora.deltaT=2"],
+    "taft": ["method.taft.shards=3"],
+    "bitfit": ["model.architecture.attention_bias=true"],
     "wise_ft": ["method.wise_ft.alpha=[0.3,0.7]"],
 }
 METHODS = sorted(catalogue.entries("method"))
 
 
 def command(method: str) -> list[str]:
-    return ["train", f"method={method}", *COMMON, *KNOBS.get(method, [])]
+    return ["train", f"method={method}", *(SMALL if method.startswith("[") else small(method)), *COMMON, *KNOBS.get(method, [])]
 
 
 def outcome(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:

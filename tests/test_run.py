@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -271,12 +272,19 @@ def test_weights_and_biases_offline_holds_config_and_metrics(tmp_path: Path, mon
     (file,) = (tmp_path / "run").glob("wandb/offline-run-*/*.wandb")
     from wandb.proto import wandb_internal_pb2
 
+    def parsed(data: bytes) -> Any:
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        return record
+
     config: dict[str, Any] = {}
     history: set[str] = set()
     tags: set[str] = set()
-    for data in logged(file):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
+    until = time.monotonic() + 60  # a process of W&B's own writes the file, and goes on after the run was finished
+    while not (records := [parsed(data) for data in logged(file)]) or not records[-1].HasField("exit"):
+        assert time.monotonic() < until, [record.WhichOneof("record_type") for record in records]
+        time.sleep(0.1)
+    for record in records:
         if record.HasField("run"):
             tags |= set(record.run.tags)
             config |= {c.key: json.loads(c.value_json) for c in record.run.config.update}

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tools import build, train, weights
+from tools import SMALL_VIT, build, train, weights
 
 from ftrecipes.anatomy import Anatomy
 from ftrecipes.compose import compose
@@ -24,14 +24,6 @@ from ftrecipes.run import Run
 from ftrecipes.tasks.classification import ImageClassification
 
 METHODS = ["full", "linear_probe", "lora", "dora", "svft", "lift", "gmt", "mezo", "lisa", "wise_ft", "periodic_lora"]
-SMALL_VIT = (
-    "model=tiny-vit",
-    "model.weights=random",
-    "model.architecture={num_hidden_layers:3,hidden_size:24,intermediate_size:32,num_attention_heads:2,patch_size:8}",
-    "data.size=64",
-    "trainer.batch=8",
-    "trainer.eval_examples=16",
-)
 
 
 # -- drawing ----------------------------------------------------------------------------------------------------------
@@ -227,7 +219,8 @@ def test_packaged_weights_know_the_clean_domain_and_not_the_shifted_one() -> Non
 
 def test_samples_show_scene_wanted_and_answer() -> None:
     run = build("model=tiny-vit", "data=shapes-clean", "data.size=64")
-    shown = run.task.samples(run, [run.data["test"].raw[i] for i in range(20)])
+    with run.evaluating():
+        shown = run.task.samples(run, [run.data["test"].raw[i] for i in range(20)])
     assert sum(s["wanted"] == s["answer"] for s in shown) > 15
     assert all(s["wanted"] in s["prompt"] for s in shown)
 

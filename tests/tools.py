@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from generators import SMALL_DIT, SMALL_SD
 from safetensors.torch import load_file
 
+from ftrecipes import catalogue
 from ftrecipes.compose import compose
 from ftrecipes.data.base import Splits
 from ftrecipes.record import Record
@@ -148,3 +150,22 @@ SMALL = (
     "trainer.batch=8",
     "trainer.eval_examples=16",
 )
+
+# A three-block random ViT.
+SMALL_VIT = (
+    "model=tiny-vit",
+    "model.weights=random",
+    "model.architecture={num_hidden_layers:3,hidden_size:24,intermediate_size:32,num_attention_heads:2,patch_size:8}",
+    "data.size=64",
+    "trainer.batch=8",
+    "trainer.eval_examples=16",
+)
+
+
+SMALLS = {"causal-lm": SMALL, "vit": SMALL_VIT, "diffusion": SMALL_SD, "flow": SMALL_DIT}
+
+
+def small(*methods: str) -> tuple[str, ...]:
+    """A small model that all of these methods are for, or nothing where there is none."""
+    named = [set(catalogue.get("method", method).about["domains"]) for method in methods]
+    return next((model for domain, model in SMALLS.items() if all({"any", domain} & domains for domains in named)), ())

@@ -1,8 +1,9 @@
 """Data sets: raw examples by split, encoded by the task, laid out as windows.
 
 An example is a plain dict: `{"prompt", "response"}`, `{"messages"}`, `{"prompt", "completion"}` or `{"text"}` for
-language, `{"image", "label"}` for images, `{"x", "y"}` for regression; `place` says where it was read. Splits are train, validation and test; learning rates, keep-best and early
-stopping see validation only, test is for the report. `retain` is a held-out set of what the model was pretrained on:
+language, with `others` for further answers to the same prompt that are worse; `{"image", "label"}` for images,
+`{"x", "y"}` for regression; `place` says where it was read. Splits are train, validation and test; learning rates,
+keep-best and early stopping see validation only, test is for the report. `retain` is a held-out set of what the model was pretrained on:
 how much worse it gets there is the forgetting.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 import functools
 import itertools
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,7 +34,8 @@ class Splits:
     """Raw examples by split.
 
     retain_name: what the retained domain is called in reports. labels: the classes by name. fingerprint: of data that
-    somebody can change between the parts of a run.
+    somebody can change between the parts of a run. target: the metric that says how well this data is learned, where
+    it is not the task's own.
     """
 
     train: Sequence[Example]
@@ -44,6 +46,7 @@ class Splits:
     notes: list[str] = field(default_factory=list)
     labels: Sequence[str] = ()
     fingerprint: str = ""
+    target: str = ""
 
 
 class Dataset:
@@ -52,7 +55,8 @@ class Dataset:
     A list is encoded once, so that what cannot be used is known before training and left out. Anything else (generated
     texts, a large file) is lazy: encoded when an example is needed, and one that cannot be used is replaced by the next.
 
-    keep: positions that take part (all, unless a method chose). weight: one factor an example, or None.
+    keep: positions that take part (all, unless a method chose). weight: one factor an example, or None. epoch: the pass
+    over the data that examples are asked for. view: what a method makes of an encoded example, (position, encoded).
     """
 
     def __init__(self, name: str, raw: Sequence[Example], task: Task) -> None:
@@ -62,6 +66,8 @@ class Dataset:
         self.skipped: dict[int, str] = {}
         self.keep: Sequence[int] = range(len(raw))
         self.weight: torch.Tensor | None = None
+        self.epoch = 0
+        self.view: Callable[[int, Encoded], Encoded] | None = None
         self.notes: list[str] = []
 
     def __len__(self) -> int:
@@ -73,7 +79,8 @@ class Dataset:
             if self.lazy and len(self.encoded) >= CACHED:
                 self.encoded.clear()
             self.encoded[position] = self._usable(position) if self.lazy else self.task.encode(self.raw[position])
-        return self.encoded[position]
+        encoded = self.encoded[position]
+        return self.view(position, encoded) if self.view else encoded
 
     def _usable(self, position: int) -> Encoded:
         for at in itertools.chain(range(position, len(self.raw)), range(position)):

@@ -459,6 +459,8 @@ def _remark(shape: formats.Shape) -> str:
         return "; raw text without a chat template, which data.format=instruction would use"
     if shape.format == "classification" and not shape.labels:
         return "; the labels are taken as words, data.labels=[…] gives words to numbers"
+    if shape.format == "preference":
+        return "; a method that learns from single answers takes the chosen ones"
     return ""
 
 
@@ -547,7 +549,9 @@ def _splits(sources: Mapping[str, list[Source]], knobs: Any, name: str) -> Split
     retain, retain_name = _retain(knobs, notes)
     rows = {split: store.rows(found) for split, found in chosen.items()}
     fingerprint = store.digest.hexdigest()[:16]
-    return Splits(rows["train"], rows["validation"], rows["test"], retain, retain_name, notes, fingerprint=fingerprint)
+    paired = all("others" in store.read(found[0]) for found in chosen.values() if found)
+    target = "preference" if paired else ""
+    return Splits(rows["train"], rows["validation"], rows["test"], retain, retain_name, notes, fingerprint=fingerprint, target=target)
 
 
 def _drop_shared(store: _Store, chosen: dict[str, list[int]], notes: list[str]) -> None:

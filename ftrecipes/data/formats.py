@@ -3,6 +3,7 @@
     chat            messages [{role, content}], or ShareGPT's conversations [{from, value}]; system beside them or inside
     instruction     prompt and response of one turn; alpaca's `input` is put below its instruction
     completion      prompt and completion as raw text: the completion follows the prompt as it stands, without a chat template
+    preference      chosen and rejected answers to a prompt, as text or as turns with or without the prompt's
     classification  text and label; the label's word is the response
     text            plain text, every token of which is learned
 
@@ -23,6 +24,7 @@ from ftrecipes.errors import UserError, nearest
 Example = dict[str, Any]
 
 FORMATS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "preference": (("chosen", "rejected"), ("prompt", "input", "system")),
     "chat": (("messages",), ("system",)),
     "instruction": (("prompt", "response"), ("input", "system")),
     "completion": (("prompt", "response"), ()),
@@ -35,6 +37,8 @@ NAMES: dict[str, tuple[str, ...]] = {
     "messages": ("messages", "conversations", "conversation", "dialogue", "dialog", "chat"),
     "prompt": ("instruction", "prompt", "question", "query", "problem", "input"),
     "response": ("output", "response", "answer", "completion", "solution"),
+    "chosen": ("chosen", "preferred"),
+    "rejected": ("rejected", "dispreferred"),
     "input": ("input", "context"),
     "system": ("system", "system_prompt"),
     "text": ("text", "sentence", "content", "document", "review"),
@@ -73,8 +77,13 @@ class Shape:
         return f"{self.format} ({', '.join(f'{name}={columns}' for name, columns in fields.items() if columns)})"
 
     def example(self, row: Mapping[str, Any]) -> Example:
-        """One row as `{"messages"}`, `{"prompt", "response", "system"?}`, `{"prompt", "completion"}` or `{"text"}`."""
+        """One row as `{"messages"}`, `{"prompt", "response", "system"?}`, `{"prompt", "completion"}` or `{"text"}`.
+
+        A preference is one of the first two with the chosen answer, and the rejected one as `others`.
+        """
         self.cut = False
+        if self.format == "preference":
+            return self._preference(row)
         if self.format == "chat":
             return self._chat(self._value("messages", row), self._text("system", row, optional=True))
         if self.format == "text":
@@ -84,12 +93,56 @@ class Shape:
         if isinstance(self._value("prompt", row), list) and isinstance(self._value("response", row), list):
             return self._chat([*self._value("prompt", row), *self._value("response", row)], "")
         prompt, response = self._text("prompt", row), _filled(self._text("response", row), "answer")
-        if self.format == "completion":
-            return {"prompt": prompt, "completion": response}
+        return {"prompt": prompt, "completion": response} if self.format == "completion" else self._turn(prompt, response, row)
+
+    def _turn(self, prompt: str, response: str, row: Mapping[str, Any]) -> Example:
+        """One turn, with what stands below the prompt and the system prompt in columns of their own."""
         below = self._text("input", row, optional=True)
         example = {"prompt": _filled("\n\n".join(filter(str.strip, (prompt, below))), "prompt"), "response": response}
         system = self._text("system", row, optional=True)
         return {**example, "system": system} if system.strip() else example
+
+    def _preference(self, row: Mapping[str, Any]) -> Example:
+        """A chosen and a rejected answer to the same prompt."""
+        chosen, rejected = self._value("chosen", row), self._value("rejected", row)
+        if isinstance(chosen, list) != isinstance(rejected, list):
+            raise ValueError(f"chosen is {kind(chosen)} and rejected {kind(rejected)}; both must be text or lists of turns")
+        asked = next((row[column] for column in self.columns.get("prompt", ()) if row.get(column) is not None), None)
+        if isinstance(chosen, list):
+            better, worse = (self._dialogue(name, turns, asked, row) for name, turns in (("chosen", chosen), ("rejected", rejected)))
+            if better[:-1] != worse[:-1]:
+                where = next(i for i, (a, b) in enumerate(zip(better, [*worse, None], strict=False), 1) if a != b)
+                raise ValueError(f"chosen and rejected part at turn {where}, before their last answer")
+            example: Example = {"messages": better}
+            answer, other = better[-1]["content"], worse[-1]["content"]
+        else:
+            answer, other = (_filled(self._text(name, row), f"{name} answer") for name in ("chosen", "rejected"))
+            if isinstance(asked, list):
+                example = {"messages": self._dialogue("chosen", [{"role": "assistant", "content": answer}], asked, row)}
+            elif asked is None:
+                raise ValueError(
+                    f"chosen and rejected are text and need a prompt (usual: {', '.join(NAMES['prompt'])}; or data.columns.prompt)"
+                )
+            else:
+                example = self._turn(self._text("prompt", row), answer, row)
+        if answer == other:
+            raise ValueError("chosen and rejected are the same answer")
+        return {**example, "others": [other]}
+
+    def _dialogue(self, name: str, turns: list[Any], asked: Any, row: Mapping[str, Any]) -> list[dict[str, str]]:
+        """The turns that lead to an answer, and the answer; those of the prompt may stand in a column of their own."""
+        messages = [_message(turn, number) for number, turn in enumerate(turns, 1)]
+        if isinstance(asked, list):
+            before = [_message(turn, number) for number, turn in enumerate(asked, 1)]
+            messages = messages if messages[: len(before)] == before else before + messages
+        elif asked is not None and messages and messages[0]["role"] == "assistant":
+            messages.insert(0, {"role": "user", "content": _filled(self._text("prompt", row), "prompt")})
+        system = self._text("system", row, optional=True)
+        if system.strip() and not any(m["role"] == "system" for m in messages):
+            messages.insert(0, {"role": "system", "content": system})
+        if not messages or messages[-1]["role"] != "assistant":
+            raise ValueError(f"{name} does not end with an answer of the assistant")
+        return messages
 
     def _value(self, name: str, row: Mapping[str, Any]) -> Any:
         column = self.columns[name][0]
@@ -186,8 +239,6 @@ def _missing(name: str, assigned: Mapping[str, Any]) -> list[str]:
 def _unclear(columns: Sequence[str], found: str, tried: Mapping[str, Mapping[str, Any]]) -> str:
     """Why no format fits, with the column that comes nearest to what is missing."""
     there = f"there are {', '.join(columns)}" if columns else "the row is empty"
-    if {"chosen", "rejected"} <= set(columns):
-        return f"these are preference pairs ({there}); tune on the chosen answers with data.columns={{response: chosen}} if they are text"
     if not found and all(len(_missing(name, tried[name])) == len(FORMATS[name][0]) for name in FORMATS):
         return (
             f"cannot tell what the columns hold: {there}; say it with data.columns={{prompt: …, response: …}}, or of messages, text, label"

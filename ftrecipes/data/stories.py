@@ -2,13 +2,16 @@
 
 Everything is generated from a seed. `document` tells a short story in which states are followed to their end (how many
 apples are left, who holds the ball, where somebody is); the packaged model is pretrained on these. `question` asks about
-such a story without telling the end; a model has to be tuned to answer in that form.
+such a story without telling the end; a model has to be tuned to answer in that form. `pair` adds a wrong answer.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
+import re
 from collections.abc import Callable, Iterator
+from typing import Any
 
 NAMES = [
     "Mia",
@@ -268,7 +271,44 @@ def question(r: random.Random) -> dict[str, str]:
     return {"prompt": " ".join([*told, asked]), "response": answer, "kind": kind}
 
 
-def unique(make: Callable[[random.Random], dict[str, str]], seed: str, seen: set[str]) -> Iterator[dict[str, str]]:
+def wrong(r: random.Random, example: dict[str, str]) -> str:
+    """A plausible wrong answer to a question: of the right one's form, often a thing that the story names.
+
+    Every answer is the only right one of its form (one place, one holder, one number), so this one is wrong for certain.
+    """
+    prompt, answer = example["prompt"], example["response"]
+    if answer.isdecimal():
+        near = {int(n) for n in re.findall(r"\d+", prompt)} | {int(answer) + d for d in (-2, -1, 1, 2)}
+        return str(r.choice(sorted(n for n in near if n >= 0 and n != int(answer))))
+    words = answer.removeprefix("in the ").split()
+    if len(words) > 1:  # a list backwards: in another order
+        orders = [list(order) for order in itertools.permutations(words) if list(order) != words]
+        return " ".join(r.choice(orders))
+    form = next(form for form in (NAMES, PLACES, COLOURS, DAYS, THINGS) if words[0] in form)
+    told = [word for word in dict.fromkeys(re.findall(r"\w+", prompt)) if word in form and word != words[0]]
+    near_by = told if told and r.random() < 0.7 else [word for word in form if word != words[0]]
+    return answer.removesuffix(words[0]) + r.choice(near_by)
+
+
+def pair(r: random.Random) -> dict[str, Any]:
+    """A question with its answer and a wrong one."""
+    example = question(r)
+    return {**example, "others": [wrong(r, example)]}
+
+
+def answers(r: random.Random) -> dict[str, str]:
+    """A story without its end, a question about it, and its right answer in three styles.
+
+    statement: as stories tell it. bare: the answer alone. shout: the statement in capitals, with marks.
+    """
+    kind = r.choice(list(KINDS))
+    told, endings = KINDS[kind](r)
+    statement, asked, answer = r.choice(endings)
+    styles = {"statement": f"{_capital(statement)}.", "bare": answer, "shout": f"{statement.upper()}!!!"}
+    return {"prompt": " ".join([*told, asked]), "kind": kind, **styles}
+
+
+def unique(make: Callable[[random.Random], dict[str, Any]], seed: str, seen: set[str]) -> Iterator[dict[str, Any]]:
     """Examples whose prompt was not seen before; `seen` is shared between splits so that none leaks."""
     r = random.Random(seed)
     misses = 0

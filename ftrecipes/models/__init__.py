@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from ftrecipes.compose import Settings
     from ftrecipes.models.base import Loaded
 
-LOADERS = {"causal-lm": "causal_lm", "vit": "vision", "toy": "toy"}
+LOADERS = {"causal-lm": "causal_lm", "vit": "vision", "toy": "toy", "diffusion": "diffusion", "flow": "diffusion"}
 
 
 def load(settings: Settings, *, meta: bool = False) -> Loaded:

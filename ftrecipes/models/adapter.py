@@ -12,12 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftrecipes.errors import UserError
+from ftrecipes.record import Record
+from ftrecipes.stacking import check_mergeable
 
 if TYPE_CHECKING:
     from torch import nn
 
     from ftrecipes.models.base import Loaded
 
+FOLDED = ("LORA", "IA3", "LN_TUNING")
+"""Kinds of peft's adapters that the weights can hold (a DoRA is a LORA)."""
 PREFIX = "base_model.model."
 """What peft writes before the name of a module."""
 
@@ -30,6 +34,7 @@ def check(folder: Path) -> str:
     if (folder / "run.json").is_file():
         if not (folder / "tuned").is_dir():
             raise UserError(f"{where}: this run is not finished; go on with it by resume={folder}")
+        check_mergeable(Record(folder).info.get("methods", []))
         return "run"
     if (folder / "adapter_config.json").is_file():
         if not (folder / "adapter_model.safetensors").is_file():
@@ -74,7 +79,7 @@ def _from_run(start: Loaded, folder: Path) -> set[str]:
 
 
 def _from_peft(start: Loaded, folder: Path) -> set[str]:
-    """Fold a LoRA or DoRA of peft into the model; returns the names of the weights that it holds whole."""
+    """Fold an adapter of peft into the model; returns the names of the weights that it holds whole."""
     from peft import PeftModel, get_peft_model_state_dict
 
     from ftrecipes.methods.adapters.delta import tied_weights, untie
@@ -83,8 +88,8 @@ def _from_peft(start: Loaded, folder: Path) -> set[str]:
 
     where = f"model.adapter={folder}"
     kind = read_json(folder / "adapter_config.json").get("peft_type")
-    if kind != "LORA":
-        raise UserError(f"{where}: peft_type {kind} cannot be folded in here; LoRA and DoRA can")
+    if kind not in FOLDED:
+        raise UserError(f"{where}: peft_type {kind} cannot be folded in here; {', '.join(FOLDED)} can")
     saved = read_weights(folder / "adapter_model.safetensors")
     model: Any = start.model
     try:

@@ -24,6 +24,20 @@ if TYPE_CHECKING:
 
 PACKAGED = PACKAGE / "models" / "packaged"
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model", "LICENSE*", "README.md"]
+NESTED_LEFT = [
+    "*.fp16.*",
+    "*.non_ema.*",
+    "safety_checker/*",
+    "feature_extractor/*",
+    "*_pytorch_*/*",
+    "vae_*/*",
+    "v1-*",
+    "sd_xl_*",
+    "sd3*",
+    "flux1*",
+    "ae.*",
+]
+"""Of a pipeline on the hub: what stands there twice, or is not used."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -32,6 +46,7 @@ class Loaded:
     """A model with the task of its domain.
 
     pristine: gives the model as it was before any tuning, a second one; for methods that look back at the start.
+    blocks: names of the blocks by depth, where they are not lists of one kind.
     fresh: parameters that the weights lacked and that start at random (a new head); they train under every method.
     notes: one-line remarks for the user.
     """
@@ -41,6 +56,7 @@ class Loaded:
     pristine: Callable[[], nn.Module]
     roles: list[tuple[str, str]] = field(default_factory=list)
     fresh: set[str] = field(default_factory=set)
+    blocks: list[str] | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -70,8 +86,11 @@ def precision_of(settings: Settings) -> str:
     return "bf16-mixed" if device_of(settings).type == "cuda" else "32"
 
 
-def folder_of(settings: Settings, *, meta: bool) -> Path | None:
-    """The local folder that a model is loaded from, made or downloaded the first time; None where a shape is enough."""
+def folder_of(settings: Settings, *, meta: bool, index: str = "config.json") -> Path | None:
+    """The local folder that a model is loaded from, made or downloaded the first time; None where a shape is enough.
+
+    index: the file that must be there; that of a pipeline lists components, each in a sub-folder.
+    """
     about, path = settings.entry("model").about, settings.model.path
     hub = settings.model.get("hub") or about.get("hub")
     if path:
@@ -89,17 +108,17 @@ def folder_of(settings: Settings, *, meta: bool) -> Path | None:
 
         folder = gguf.folder(settings.model.name, about["gguf"])
     elif hub:
-        folder = download(settings.model.name, hub, settings.model.revision)
+        folder = download(settings.model.name, hub, settings.model.revision, nested=index != "config.json")
     else:
         either = "model.hub=<organisation/name> or model.path=<folder>" if "hub" in settings.model else "model.path=<folder>"
         raise UserError(f"model {settings.model.name} has no weights of its own; give {either}")
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: no config.json; a folder in the hub's format is needed")
+    if not (folder / index).is_file():
+        raise UserError(f"{folder}: no {index}; a folder in the hub's format is needed")
     return folder
 
 
-def download(name: str, hub: str, revision: str | None) -> Path:
-    """The folder of a hub's model in the local cache, fetched when it is not there. Pickles and folders in it stay away.
+def download(name: str, hub: str, revision: str | None, *, nested: bool = False) -> Path:
+    """The folder of a hub's model in the local cache, fetched when it is not there. Pickles stay away, and folders in it unless `nested`.
 
     Without a network the cached copy serves; when there is none, that is said at once.
     """
@@ -108,7 +127,8 @@ def download(name: str, hub: str, revision: str | None) -> Path:
     instead = "give model.path=<folder> with a local copy, or model.weights=random for the shape alone"
     where = f"model {name}: {hub}" + (f" at {revision}" if revision else "")
     try:
-        return Path(snapshot_download(hub, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=["*/*", "consolidated*"]))
+        left = NESTED_LEFT if nested else ["*/*", "consolidated*"]
+        return Path(snapshot_download(hub, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=left))
     except errors.GatedRepoError:
         raise UserError(f"{where} is gated: accept its licence on huggingface.co/{hub}, then `hf auth login`; or {instead}") from None
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
@@ -189,8 +209,7 @@ def load_errors(settings: Settings, folder: Path | None) -> Iterator[None]:
 def check_weights(folder: Path) -> None:
     """Refuse a folder whose safetensors are missing or cut off, and pickled weights, before anything is loaded."""
     files = sorted(folder.glob("*.safetensors"))
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
+    for index in folder.glob("*.safetensors.index.json"):
         shards = (read_json(index) or {}).get("weight_map")
         if not isinstance(shards, dict):
             raise UserError(f"{index}: has no weight_map; copy or download it again")

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -72,30 +74,47 @@ def tiny_vit(folder: Path) -> None:
     (folder / "preprocessor_config.json").write_text(json.dumps(scaling, indent=1) + "\n")
 
 
-SHAPES = {"tiny-llama": tiny_llama, "tiny-vit": tiny_vit}
+def tiny_sd(folder: Path) -> None:
+    """Autoencoder, text encoder and architecture of tiny-sd."""
+    from ftrecipes.models import pretraining_images
+
+    pretraining_images.tiny_sd(folder)
+
+
+def tiny_dit(folder: Path) -> None:
+    """Architecture of tiny-dit around the autoencoder and text encoder of tiny-sd."""
+    from ftrecipes.models import pretraining_images
+
+    pretraining_images.tiny_dit(folder)
+
+
+SHAPES = {"tiny-llama": tiny_llama, "tiny-vit": tiny_vit, "tiny-sd": tiny_sd, "tiny-dit": tiny_dit}
 
 
 def make(name: str, words: list[str]) -> dict[str, Any]:
-    """Pretrain and package one model; further words are overrides, for trying things out."""
+    """Pretrain one model and, when all is done, put it in the place of the packaged one; further words are overrides."""
     from ftrecipes.compose import compose
     from ftrecipes.record import Record
     from ftrecipes.report.console import Console
     from ftrecipes.run import Run, quiet
 
     quiet()
-    folder = PACKAGED / name
-    folder.mkdir(parents=True, exist_ok=True)
-    SHAPES[name](folder)
+    start = Path("outputs") / "pretraining" / name
+    start.mkdir(parents=True, exist_ok=True)
+    SHAPES[name](start)
     recipe = f"pretrain/{name.replace('-', '_')}"
-    settings = compose([f"recipe={recipe}", *words])
-    record = Record(Path("outputs") / "pretraining" / f"{name}-{settings.hash}")
+    settings = compose([f"recipe={recipe}", f"model.path={start}", *words])
+    record = Record(start.with_name(f"{name}-{settings.hash}"))
     record.lock()
     run = Run(settings, record, Console())
     results = run.train()
     model = run.merge().to(torch.bfloat16)
-    model.save_pretrained(folder, max_shard_size="1GB")  # type: ignore[operator]
+    finished = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=PACKAGED))
+    shutil.copytree(start, finished, dirs_exist_ok=True)
+    model.save_pretrained(finished / run.task.part, max_shard_size="1GB")  # type: ignore[operator]
     summary = {
         "recipe": str((RECIPES / f"{recipe}.yaml").relative_to(RECIPES.parent)),
+        "overrides": words,
         "seed": settings.seed,
         "steps": results["steps"],
         "parameters": results["total"],
@@ -103,7 +122,12 @@ def make(name: str, words: list[str]) -> dict[str, Any]:
         "after": results["after"],
         "seconds": record.info["seconds"],
     }
-    (folder / "recipe.json").write_text(json.dumps(summary, indent=1) + "\n")
+    (finished / "recipe.json").write_text(json.dumps(summary, indent=1) + "\n")
+    for file in finished.rglob("*"):
+        file.chmod(0o755 if file.is_dir() else 0o644)
+    finished.chmod(0o755)
+    shutil.rmtree(PACKAGED / name, ignore_errors=True)
+    finished.replace(PACKAGED / name)
     return summary
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console as Rich
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from ftrecipes.run import Run
@@ -42,7 +44,7 @@ class Console:
         settings = run.settings
         names = "+".join(settings.method)
         self.line(
-            f"{names} on {settings.model.name} with {settings.data.name}, seed {settings.seed} → {run.record.folder if run.record else 'no record'}"
+            f"{names} on {settings.model.name} with {settings.data.name}, seed {settings.seed} → {shown(run.record.folder) if run.record else 'no record'}"
         )
         for sentence in [*settings.notes, *settings.overridden]:
             self.line(f"note: {sentence}")
@@ -88,14 +90,33 @@ class Console:
     def end(self, run: Run, results: dict[str, Any]) -> None:
         self.stop()
         self.out.print(result_table(run, results))
+        for sample in results["samples"]:
+            self.out.print(sample_lines(sample), soft_wrap=True)
         for name, n in results["events"].items():
             self.line(f"{name}: {n}")
         if run.record:
-            folder = run.record.folder
+            folder = shown(run.record.folder)
             self.out.print(f"record  {folder}", soft_wrap=True)
-            self.out.print(
-                f"next    ftr eval {folder} · ftr generate {folder} · ftr merge {folder} · ftr compare {folder.parent}", soft_wrap=True
-            )
+            steps = [f"ftr eval {folder}", f"ftr merge {folder}", f"ftr compare {shown(run.record.folder.parent)}"]
+            if hasattr(run.task, "generate"):
+                steps.insert(1, f"ftr generate {folder} --prompt '…'")
+            for n, step in enumerate(steps):
+                self.out.print(f"{'' if n else 'next':8}{step}", soft_wrap=True)
+
+
+def shown(path: Path) -> Path:
+    """A path as one would type it from here."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def sample_lines(sample: dict[str, str]) -> Text:
+    """The end of a prompt, the answer that is wanted, and the answers before and after."""
+    text = Text()
+    for name in ("prompt", "wanted", "before", "after"):
+        said = " ".join(sample[name].split()) or "(nothing)"
+        cut = f"…{said[-89:]}" if name == "prompt" and len(said) > 90 else said if len(said) <= 90 else f"{said[:89]}…"
+        text.append(f"{name:8}", style="dim").append(f"{cut}\n", style="bold" if name == "after" else "")
+    return text
 
 
 def _latest(run: Run) -> str:
@@ -111,7 +132,7 @@ def result_table(run: Run, results: dict[str, Any]) -> Table:
     names = {"test": f"target ({run.settings.data.name}, test)", "retain": f"forgetting ({run.retain_name}, held out)"}
     for split, title in names.items():
         before, after = results["before"].get(split, {}), results["after"].get(split, {})
-        wanted = [run.task.target, "nll"] if split == "test" else run.task.forgetting
+        wanted = [run.task.target, "nll", "loss"] if split == "test" else run.task.forgetting
         for metric in [m for m in dict.fromkeys(wanted) if m in after]:
             b, a = before.get(metric, float("nan")), after[metric]
             table.add_row(title, metric, f"{b:.4f}", f"{a:.4f}", f"{a - b:+.4f}")

@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ftrecipes.errors import UserError
 from ftrecipes.record import write_atomic
 from ftrecipes.run import Run, quiet
@@ -72,7 +70,7 @@ def generate(folder: str, prompt: str | None, file: str | None, max_new_tokens: 
     run.seed_global("generate")
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
     answers = []
-    with torch.no_grad():
+    with run.evaluating():
         for text in asked:
             answer = run.task.generate(run.model, [{"role": "user", "content": text}], max_new_tokens=max_new_tokens, **sampling)
             answers.append({"prompt": text, "answer": answer})

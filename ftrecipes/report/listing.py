@@ -138,6 +138,7 @@ def _show(entry: Entry) -> None:
         "requires": ", ".join(f"{k}={v}" for k, v in entry.requires.items()),
         "hub": about.get("hub"),
         "variants": about.get("variants"),
+        "stays apart": about.get("unmergeable"),
     }
     for label, value in facts.items():
         if value:

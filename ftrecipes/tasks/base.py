@@ -31,13 +31,19 @@ class Task:
     """Base of the tasks."""
 
     domain: ClassVar[str]
-    unit: ClassVar[str] = "example"
-    """What is counted: the loss is a mean over these."""
-    target: ClassVar[str]
+    unit: str = "example"
+    """What is counted: the loss is a mean over these. A method that owns the loss may count whole examples instead."""
+    alternatives: int = 0
+    """Further answers of each example that the loss of a method compares with, for plans."""
+    target: str
     """The metric that says how well the target task is done."""
     higher_is_better: ClassVar[bool] = True
     forgetting: ClassVar[tuple[str, ...]] = ("nll",)
     """The metrics that are shown of the retained set."""
+    library: ClassVar[str] = "transformers"
+    """Whose format a merged model has."""
+    part: str = ""
+    """The sub-folder of the tuned model in that format."""
 
     def encode(self, example: Example) -> Encoded:
         """One raw example as what `collate` takes; `lost` may list what of it cannot be learned ("their end at …").
@@ -66,6 +72,10 @@ class Task:
         """A micro-batch of the largest size without content, for plans."""
         raise NotImplementedError
 
+    def companions(self) -> list[nn.Module]:
+        """Frozen models that the task needs beside the one that is tuned."""
+        return []
+
     def check(self, model: nn.Module) -> None:
         """Refuse a freshly loaded model that this task would get wrong."""
 
@@ -81,9 +91,20 @@ class Task:
         """Sums over a micro-batch by metric: `(total, count)` stacked as a tensor of two numbers each."""
         raise NotImplementedError
 
+    def save_model(self, model: nn.Module, folder: Path, shard: str) -> None:
+        """Write a plain model as the hub has it, in files of at most `shard`."""
+        model.save_pretrained(folder, max_shard_size=shard)  # type: ignore[operator]
+
+    def loader(self, model: nn.Module) -> str:
+        """The class of `library` that loads what `save_model` wrote."""
+        return type(model).__name__
+
     def save(self, folder: Path) -> None:
         """Write what belongs beside the weights of a model (tokenizer, preprocessing), as the hub has it."""
 
     def samples(self, run: Run, examples: Sequence[Example]) -> list[dict[str, str]]:
-        """A few examples with the model's answers, for the eye; an empty list when there is nothing to show."""
+        """A few examples with the model's answers, for the eye; an empty list when there is nothing to show.
+
+        Called inside `run.evaluating()`.
+        """
         return []

@@ -6,6 +6,7 @@ float32 buffer: the full float32 logits do not exist at any moment.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 IGNORE = -100
 CHUNK = 2**24
 """Largest float32 buffer of logits, in numbers (64 MiB)."""
+SAMPLE_TOKENS = 24
+"""Length of an answer that is only looked at."""
 
 
 class TokenOutputs(Outputs):
@@ -57,6 +60,10 @@ class TokenOutputs(Outputs):
     def _label_logps(self, hidden: Tensor, labels: Tensor) -> Tensor:
         return -F.cross_entropy(self.logits(hidden).float(), labels, reduction="none")
 
+    def per_sequence(self, values: Tensor, sequences: int) -> Tensor:
+        """Sums of numbers of the counted tokens (n,) by sequence (sequences,)."""
+        return torch.zeros(sequences, dtype=values.dtype, device=values.device).index_add(0, self.row, values)
+
     def per_chunk(self, function: Any, *inputs: Tensor) -> Tensor:
         """`function(hidden, *inputs)` over chunks of positions, recomputed in backward when there are several."""
         rows = max(1, CHUNK // vocabulary(self.head))
@@ -77,8 +84,8 @@ class CausalLM(Task):
     """Task of decoder-only language models."""
 
     domain: ClassVar[str] = "causal-lm"
-    unit: ClassVar[str] = "token"
-    target: ClassVar[str] = "exact_match"
+    unit = "token"
+    target = "exact_match"
 
     def __init__(self, tokenizer: Any, *, max_length: int, template: str = "auto", packing: bool = False) -> None:
         self.tokenizer = tokenizer
@@ -95,14 +102,25 @@ class CausalLM(Task):
         """Token ids and labels (int32); `{"text"}` counts every token, anything else its answers and what ends them.
 
         What is longer than `max_length` loses its end, so that prompts stay whole and no cut answer is taught to end.
-        Raises ValueError when no token to learn is left.
+        Where there are other answers to the same prompt, only the last answer counts, and `others` holds each of them
+        encoded in its place. Raises ValueError when no token to learn is left.
         """
+        if "others" not in example:
+            return self._encode(example)
+        encoded, *others = (self._encode(answered(example, text), last=True) for text in (None, *example["others"]))
+        lost = dict.fromkeys(what for one in (encoded, *others) for what in one["lost"])
+        return {**encoded, "others": others, "lost": list(lost)}
+
+    def _encode(self, example: Example, *, last: bool = False) -> Encoded:
+        """One sequence; `last`: of a dialogue only the last answer counts."""
         lost = []
         dialogue = "messages" in example or "response" in example
         if dialogue:
             messages = messages_of(example)
             text, spans = self._spans(messages)
-            if len(spans) < sum(m["role"] == "assistant" for m in messages):
+            if last:
+                spans = spans[-1:]
+            elif len(spans) < sum(m["role"] == "assistant" for m in messages):
                 lost.append("answers of earlier turns, which the chat template rewrites")
         else:
             text = example["text"] if "text" in example else example["prompt"] + example["completion"]
@@ -192,17 +210,29 @@ class CausalLM(Task):
     # -- batches --------------------------------------------------------------------------------------------------
 
     def units(self, encoded: Sequence[Encoded]) -> int:
-        return sum(e["units"] for e in encoded)
+        return len(encoded) if self.unit == "example" else sum(e["units"] for e in encoded)
 
     def count(self, batch: Batch) -> int:
         return int(batch["units"])
 
     def cost(self, encoded: Sequence[Encoded]) -> int:
-        return sum(e["length"] for e in encoded) if self.packing else super().cost(encoded)
+        others = [other for e in encoded for other in e.get("others", ())]
+        own = sum(e["length"] for e in encoded) if self.packing else super().cost(encoded)
+        return own + (self.cost(others) if others else 0)
 
     def collate(self, encoded: Sequence[Encoded]) -> Batch:
-        """(B, L) ids, labels and positions. Packed rows hold several examples; `segment` tells them apart."""
-        return self._lay_out(encoded, pack(encoded, self.max_length) if self.packing else [[i] for i in range(len(encoded))])
+        """(B, L) ids, labels and positions. Packed rows hold several examples; `segment` tells them apart.
+
+        Other answers are a batch of their own, `others`, whose `owner` says which example each belongs to; `reference`
+        holds what the model before training gave them (log-probabilities), where a method had that computed.
+        """
+        batch = self._lay_out(encoded, pack(encoded, self.max_length) if self.packing else [[i] for i in range(len(encoded))])
+        others = [(i, other) for i, e in enumerate(encoded) for other in e.get("others", ())]
+        if others:
+            batch["others"] = {**self.collate([other for _, other in others]), "owner": torch.tensor([i for i, _ in others])}
+            if "reference" in others[0][1]:
+                batch["others"]["reference"] = torch.tensor([other["reference"] for _, other in others])
+        return batch
 
     def _lay_out(self, encoded: Sequence[Encoded], rows: Sequence[Sequence[int]]) -> Batch:
         width = max(sum(encoded[i]["length"] for i in row) for row in rows)
@@ -230,10 +260,18 @@ class CausalLM(Task):
     # -- model ----------------------------------------------------------------------------------------------------
 
     def blank(self, examples: int, length: int) -> Batch:
+        batch = self._blank(examples, length)
+        if self.alternatives:
+            owner = torch.arange(examples).repeat_interleave(self.alternatives)
+            batch["others"] = {**self._blank(examples * self.alternatives, length), "owner": owner}
+        return batch
+
+    def _blank(self, examples: int, length: int) -> Batch:
         ids = torch.zeros(examples, length, dtype=torch.long)
         position = torch.arange(length).repeat(examples, 1)
         batch: Batch = {"ids": ids, "labels": ids, "segment": ids, "position": position, "whole": True}
-        return {**batch, "units": examples * length, "example": torch.arange(examples)}
+        units = examples if self.unit == "example" else examples * length
+        return {**batch, "units": units, "example": torch.arange(examples)}
 
     def outputs(self, model: nn.Module, batch: Batch) -> TokenOutputs:
         # No mask: padding stands on the right, where a causal model does not look, and packed examples are told apart
@@ -262,7 +300,8 @@ class CausalLM(Task):
         """`nll` per token, and `exact_match`: whether greedy decoding would give the whole answer.
 
         Greedy decoding gives the answer exactly when every token of it is the most likely one after the true prefix,
-        so one forward pass decides it.
+        so one forward pass decides it. Where there are worse answers: `preference`, the share of them that the model
+        finds less likely than the right one.
         """
         outputs = self.outputs(model, batch)
 
@@ -273,7 +312,13 @@ class CausalLM(Task):
         nll, right = outputs.per_chunk(judge, outputs.labels).unbind(-1)
         examples = len(batch["example"])
         wrong = torch.zeros(examples, device=nll.device).index_add_(0, outputs.row, 1 - right)
-        return {"nll": _mean(nll), "exact_match": _mean((wrong == 0).float()), "token_accuracy": _mean(right)}
+        out = {"nll": _mean(nll), "exact_match": _mean((wrong == 0).float()), "token_accuracy": _mean(right)}
+        if "others" in batch:
+            others = self.outputs(model, batch["others"])
+            owner = batch["others"]["owner"]
+            better = outputs.per_sequence(-nll, examples)[owner]
+            out["preference"] = _mean((better > others.per_sequence(others.logps, len(owner))).float())
+        return out
 
     @torch.no_grad()
     def check(self, model: nn.Module) -> None:
@@ -312,27 +357,48 @@ class CausalLM(Task):
             else:
                 *prompt, last = messages_of(example)
                 asked, wanted = prompt[-1]["content"] if prompt else "", last["content"]
-            out.append({"prompt": asked, "wanted": wanted.strip(), "answer": self.generate(run.model, prompt)})
+            if len(self._asked(prompt)) + SAMPLE_TOKENS > getattr(run.model.config, "max_position_embeddings", math.inf):
+                continue
+            answer = self.generate(run.model, prompt, max_new_tokens=SAMPLE_TOKENS)
+            out.append({"prompt": asked, "wanted": wanted.strip(), "answer": answer})
         return out
 
-    @torch.no_grad()
+    def _asked(self, prompt: str | list[dict[str, str]]) -> list[int]:
+        """The tokens of a dialogue that wants an answer, or of a raw text that wants to go on."""
+        ids = self._fast.encode(prompt if isinstance(prompt, str) else self.render(prompt, prompt=True), add_special_tokens=False).ids
+        return self._start + ids if isinstance(prompt, str) or not self.chat else ids
+
     def generate(self, model: Any, prompt: str | list[dict[str, str]], *, max_new_tokens: int = 48, **options: Any) -> str:
         """The model's answer to a dialogue, or what follows a raw text; greedy unless options say otherwise."""
+        return self.answers(model, [prompt], max_new_tokens=max_new_tokens, **options)[0][0]
+
+    @torch.no_grad()
+    def answers(self, model: Any, prompts: Sequence[str | list[dict[str, str]]], *, n: int = 1, **options: Any) -> list[list[str]]:
+        """`n` answers to each prompt, all at once; sampling (`do_sample`) draws from torch's global generator.
+
+        Answers end where the model's positions do.
+        """
         device = next(model.parameters()).device
-        ids = self._fast.encode(prompt if isinstance(prompt, str) else self.render(prompt, prompt=True), add_special_tokens=False).ids
-        if isinstance(prompt, str) or not self.chat:
-            ids = self._start + ids
-        tokens = torch.tensor([ids], device=device)
+        ids = [self._asked(prompt) for prompt in prompts]
+        width = max(map(len, ids))
+        room = getattr(model.config, "max_position_embeddings", math.inf) - width
+        options["max_new_tokens"] = max(1, min(options.get("max_new_tokens", 48), room))
+        tokens = torch.full((len(ids), width), self.tokenizer.pad_token_id or 0)
+        mask = torch.zeros_like(tokens)
+        for row, prompt in enumerate(ids):
+            tokens[row, width - len(prompt) :] = torch.tensor(prompt)
+            mask[row, width - len(prompt) :] = 1
         was_training = model.training
         model.eval()
         # What a model's own generation settings would add to greedy decoding (Qwen's penalty on repetition) is left out.
         options = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, **options}
         out = model.generate(
-            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=max_new_tokens, eos_token_id=self.stop_tokens or None,
+            tokens.to(device), attention_mask=mask.to(device), num_return_sequences=n, eos_token_id=self.stop_tokens or None,
             pad_token_id=self.tokenizer.pad_token_id or 0, **options,
-        )  # fmt: skip
+        )[:, width:]  # fmt: skip
         model.train(was_training)
-        return str(self.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)).strip()
+        texts = [str(self.tokenizer.decode(row, skip_special_tokens=True)).strip() for row in out]
+        return [texts[i : i + n] for i in range(0, len(texts), n)]
 
     @cached_property
     def stop_tokens(self) -> list[int]:
@@ -350,6 +416,16 @@ def messages_of(example: Example) -> list[dict[str, str]]:
     prompt = [{"role": "user", "content": example["prompt"]}]
     answer = [{"role": "assistant", "content": example["response"]}] if "response" in example else []
     return system + prompt + answer
+
+
+def answered(example: Example, answer: str | None) -> Example:
+    """An example with another answer in the place of its last one; None keeps it."""
+    alone = {name: value for name, value in example.items() if name != "others"}
+    if answer is None:
+        return alone
+    if "messages" in alone:
+        return {**alone, "messages": [*alone["messages"][:-1], {"role": "assistant", "content": answer}]}
+    return {**alone, "completion" if "completion" in alone else "response": answer}
 
 
 def pack(encoded: Sequence[Encoded], width: int) -> list[list[int]]:

@@ -37,8 +37,8 @@ class ImageClassification(Task):
     """
 
     domain: ClassVar[str] = "vit"
-    unit: ClassVar[str] = "image"
-    target: ClassVar[str] = "accuracy"
+    unit = "image"
+    target = "accuracy"
     forgetting: ClassVar[tuple[str, ...]] = ("accuracy", "nll")
 
     def __init__(
@@ -126,11 +126,10 @@ class ImageClassification(Task):
     def samples(self, run: Run, examples: Sequence[Example]) -> list[dict[str, str]]:
         """What the model takes images for; drawn ones are described."""
         out = []
-        with run.evaluating():
-            for number, example in enumerate(examples):
-                encoded = self.encode(example)
-                batch = run.move(self.collate([encoded]))
-                answer = int(self.outputs(run.model, batch).logits.argmax())
-                shown = example["scene"].caption() if "scene" in example else f"image {number + 1}"
-                out.append({"prompt": shown, "wanted": self.labels[encoded["label"]], "answer": self.labels[answer]})
+        for number, example in enumerate(examples):
+            encoded = self.encode(example)
+            batch = run.move(self.collate([encoded]))
+            answer = int(self.outputs(run.model, batch).logits.argmax())
+            shown = example["scene"].caption() if "scene" in example else f"image {number + 1}"
+            out.append({"prompt": shown, "wanted": self.labels[encoded["label"]], "answer": self.labels[answer]})
         return out

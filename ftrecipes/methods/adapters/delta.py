@@ -6,11 +6,12 @@ A paper is a subclass of `Delta` (one weight's trainable numbers) and a `DeltaMe
     delta()                        the dense update (rows x cols)
     forward(x, y)                  the layer's new output, where y = W x + b was computed already; override it when the
                                    update has a cheaper form than a dense product: `y + self.product(x, B, A)`
+    enter(x)                       what the frozen layer gets in place of x, for an update that acts on inputs alone
     merged(weight)                 the new dense weight, when it is not weight + delta()
     structure()                    what is needed to rebuild it before its values are loaded, beyond the knobs
     factors()                      the update as other libraries can hold it, where it has such a form
 
-Rows are outputs and columns inputs, for Linear, Conv1D (GPT-2), Conv2d (columns are kernel positions) and Embedding (rows
+Rows are outputs and columns inputs, for Linear, Conv1D (GPT-2), convolutions (columns are kernel positions) and Embedding (rows
 are its dimensions, columns its tokens) alike. Features stand last in y and in what `into` gives, so a formula written for
 Linear holds for all. The base stays bit-equal; trainable numbers are float32 whatever the base is held in (float64 for a
 float64 base), and products run in the dtype of the activations.
@@ -27,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ftrecipes.anatomy import CONVS
 from ftrecipes.errors import UserError
 from ftrecipes.method import Method, parts_of
 
@@ -43,6 +45,17 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x weight^T in the dtype of x."""
     return F.linear(x, weight.to(x.dtype))
+
+
+def parameter(near: Tensor, *shape: int, init: Callable[[Tensor], Any] | None = None) -> nn.Parameter:
+    """A trainable tensor on the device of a weight, at least float32; zeros unless `init` fills it (drawn on the CPU)."""
+    dtype = torch.promote_types(near.dtype, torch.float32)
+    if near.is_meta:
+        return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"))
+    tensor = torch.zeros(shape, dtype=dtype)
+    if init is not None:
+        init(tensor)
+    return nn.Parameter(tensor.to(near.device))
 
 
 class Layer:
@@ -92,7 +105,7 @@ class Layer:
     def into(self, x: Tensor, matrix: Tensor) -> Tensor:
         """The layer's product with another matrix (r x cols) in place of its weight; features last (…, r)."""
         module = self.module
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, CONVS):
             kernel = matrix.to(x.dtype).reshape(len(matrix), *self.raw.shape[1:])
             return module._conv_forward(x, kernel, None).movedim(1, -1)
         if isinstance(module, nn.Embedding):
@@ -102,11 +115,11 @@ class Layer:
 
     def last(self, y: Tensor) -> Tensor:
         """An output of the module with features last."""
-        return y.movedim(1, -1) if isinstance(self.module, nn.Conv2d) else y
+        return y.movedim(1, -1) if isinstance(self.module, CONVS) else y
 
     def back(self, y: Tensor) -> Tensor:
         """The inverse of `last`."""
-        return y.movedim(-1, 1) if isinstance(self.module, nn.Conv2d) else y
+        return y.movedim(-1, 1) if isinstance(self.module, CONVS) else y
 
 
 class Factors(NamedTuple):
@@ -127,13 +140,8 @@ class Delta(nn.Module):
         self.strength = 1.0
 
     def parameter(self, *shape: int, init: Callable[[Tensor], Any] | None = None) -> nn.Parameter:
-        """A parameter on the layer's device; zeros unless `init` fills it (drawn on the CPU)."""
-        if self.layer.device.type == "meta":
-            return nn.Parameter(torch.empty(shape, dtype=self.layer.dtype, device="meta"))
-        tensor = torch.zeros(shape, dtype=self.layer.dtype)
-        if init is not None:
-            init(tensor)
-        return nn.Parameter(tensor.to(self.layer.device))
+        """A parameter beside the layer's weight; zeros unless `init` fills it (drawn on the CPU)."""
+        return parameter(self.layer.raw, *shape, init=init)
 
     def delta(self) -> Tensor:
         """The dense update (rows x cols)."""
@@ -145,6 +153,10 @@ class Delta(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return y + self.layer.into(x, self.delta())
+
+    def enter(self, x: Tensor) -> Tensor | None:
+        """What the frozen layer gets in place of x, where that alone is the update; None where `forward` is."""
+        return None
 
     def product(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
         """The update left @ right (rows x r, r x cols) applied to x, never formed."""
@@ -159,6 +171,8 @@ class Delta(nn.Module):
 
     def apply_to(self, x: Tensor, y: Tensor) -> Tensor:
         """The module's output with the delta at its strength, in the module's dtype and layout."""
+        if self.strength == 0.0:
+            return y
         last = self.layer.last(y)
         new = self(x.to(y.dtype) if x.is_floating_point() else x, last).to(y.dtype)
         if self.strength != 1.0:
@@ -177,6 +191,9 @@ class _Adapted:
     delta: Delta
 
     def forward(self, x: Tensor) -> Tensor:
+        entering = self.delta.enter(x)
+        if entering is not None:
+            return super().forward(entering)  # type: ignore[misc, no-any-return]
         return self.delta.apply_to(x, super().forward(x))  # type: ignore[misc]
 
 
@@ -199,6 +216,8 @@ class DeltaMethod(Method):
     picks = True
     module: ClassVar[type[Delta]]
     kinds: ClassVar[tuple[type, ...]] = (nn.Linear, Conv1D, nn.Conv2d, nn.Embedding)
+    grouped: ClassVar[bool] = False
+    """True when its deltas can sit on grouped convolutions."""
     targets: list[str]
     blocks: Any = "all"
 
@@ -218,15 +237,20 @@ class DeltaMethod(Method):
     def structure(self) -> dict[str, Any]:
         return {"deltas": {n: {"strength": d.strength, **d.structure()} for n, d in self.deltas.items()}}
 
-    def attach(self, run: Run, part: Part, saved: dict[str, Any] | None = None) -> None:
-        """Put a delta on a part; `saved` is its structure when it is rebuilt."""
+    def check(self, part: Part) -> None:
+        """Refuse a part that cannot carry a delta of this method."""
         module = part.module
         if not isinstance(module, self.kinds):
             raise UserError(f"{self.key} cannot act on {part.name} ({type(module).__name__}); narrow {self.key}.targets")
         if isinstance(module, _Adapted):
             raise UserError(f"{self.key}: {part.name} already carries a delta; two adapters cannot share a weight")
-        if isinstance(module, nn.Conv2d) and module.groups > 1:
+        if isinstance(module, CONVS) and module.groups > 1 and not self.grouped:
             raise UserError(f"{self.key}: {part.name} is a grouped convolution; narrow {self.key}.targets")
+
+    def attach(self, run: Run, part: Part, saved: dict[str, Any] | None = None) -> None:
+        """Put a delta on a part; `saved` is its structure when it is rebuilt."""
+        self.check(part)
+        module = part.module
         layer = Layer(part.name, module)
         delta = self.make(layer, lambda purpose: run.generator("init", part.name, purpose), saved)
         delta.strength = (saved or {}).get("strength", 1.0)
@@ -272,9 +296,9 @@ def untie(model: Any, module: nn.Module) -> None:
     model.config.tie_word_embeddings = False
 
 
-def check_rank(method: Any, layer: Layer, rank: int) -> None:
+def check_rank(method: Any, layer: Layer, rank: int, knob: str = "rank") -> None:
     """Refuse a rank that the layer's matrix does not have."""
     if rank > min(layer.shape):
         raise UserError(
-            f"{method.key}.rank={rank}: {layer.name} is {layer.shape[0]} x {layer.shape[1]}, its rank is at most {min(layer.shape)}"
+            f"{method.key}.{knob}={rank}: {layer.name} is {layer.shape[0]} x {layer.shape[1]}, its rank is at most {min(layer.shape)}"
         )

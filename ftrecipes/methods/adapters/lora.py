@@ -20,11 +20,11 @@ from ftrecipes.methods.adapters.delta import Delta, DeltaMethod, Factors, Layer,
 
 
 class LowRank(Delta):
-    """s B A; dropout acts on the input of A."""
+    """s B A; dropout acts on the input of A. `rank` where it is not the method's."""
 
-    def __init__(self, layer: Layer, method: Any, rng: Callable[[str], torch.Generator]) -> None:
+    def __init__(self, layer: Layer, method: Any, rng: Callable[[str], torch.Generator], rank: int | None = None) -> None:
         super().__init__(layer, method, rng)
-        rank, (rows, cols) = method.rank, layer.shape
+        rank, (rows, cols) = method.rank if rank is None else rank, layer.shape
         check_rank(method, layer, rank)
         self.A = self.parameter(rank, cols)
         self.B = self.parameter(rows, rank)

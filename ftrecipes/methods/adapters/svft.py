@@ -25,9 +25,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ftrecipes.errors import UserError
 from ftrecipes.methods.adapters.delta import Delta, DeltaMethod, Layer, check_rank, linear
-from ftrecipes.methods.adapters.svd import svd
+from ftrecipes.methods.adapters.svd import check_probe, probe, svd
 
 
 class Coefficients(torch.autograd.Function):
@@ -72,10 +71,8 @@ class SingularVectors(Delta):
             check_rank(method, layer, method.rank)
         U, _, V = svd(layer.weight, method.rank)
         self.probe = probe(U)
-        if saved is not None and (self.probe - saved["probe"]).norm() > 0.03 * self.probe.norm():
-            raise UserError(
-                f"svft: the singular vectors of {layer.name} come out differently here than where it was tuned; ftr merge it there"
-            )
+        if saved is not None:
+            check_probe(method.key, layer.name, self.probe, saved["probe"])
         dtype = layer.raw.dtype
         if method.fill_orthonormal and method.rank is not None:
             U, V = _fill(U, min(layer.shape), rng("U")), _fill(V, min(layer.shape), rng("V"))
@@ -124,12 +121,6 @@ class SingularVectors(Delta):
     def structure(self) -> dict[str, Any]:
         given = self.pattern in ("random", "top_k")
         return {"pattern": self.pattern, "index": self.index.cpu() if given else None, "probe": self.probe}
-
-
-def probe(U: Tensor) -> Tensor:
-    """One number of each left vector (n,); they change with the vectors' order, signs and directions."""
-    numbers = U.T @ torch.cos(torch.arange(len(U), dtype=U.dtype, device=U.device))
-    return numbers if numbers.is_meta else numbers.cpu()
 
 
 def _fill(basis: Tensor, width: int, rng: torch.Generator) -> Tensor:

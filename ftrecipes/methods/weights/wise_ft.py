@@ -14,11 +14,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
 from ftrecipes.method import Method
-from ftrecipes.methods.weights.interpolation import Line
+from ftrecipes.methods.weights.interpolation import Line, measure_norms
 
 if TYPE_CHECKING:
     from ftrecipes.run import Run
@@ -52,18 +49,4 @@ class WiSEFT(Method):
     def move(self, run: Run, line: Line, alpha: float) -> None:
         """Put the model at alpha; BatchNorm statistics, which do not mix, are measured again when asked for."""
         line.at(alpha)
-        norms = [m for m in run.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        if not (self.recalibrate and norms):
-            return
-        momenta = [m.momentum for m in norms]
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None
-            norm.train()
-        size = run.settings.trainer.batch
-        with torch.no_grad():
-            for batch in run.calibration(min(self.recalibrate * size, len(run.data["train"])), batch=size):
-                run.task.outputs(run.model, batch)
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-            norm.eval()
+        measure_norms(run, self.recalibrate)
