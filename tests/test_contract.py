@@ -25,6 +25,7 @@ KNOBS: dict[str, list[str]] = {
     "lines": ["method.lines.alpha=0.5"],  # on random weights nothing is forgotten, and the best point is the end
     "bitfit": ["model.architecture.attention_bias=true", "model.architecture.mlp_bias=true"],
     "diff_pruning": ["method.diff_pruning.target_sparsity=0.5"],
+    "grades": ["method.grades.tau=q0.5@2", "method.grades.alpha=0"],
     "lift": ["method.lift.update_interval=2"],
     "lisa": ["method.lisa.interval=2", "method.lisa.gamma=1"],
     "sparse_ft_llm": ["method.sparse_ft_llm.reselection_steps=2", "method.sparse_ft_llm.selection_accumulation_steps=1"],

@@ -1,8 +1,9 @@
-"""Activity schedules: which blocks learn at which update.
+"""Activity schedules: which parts of a model learn at which update.
 
-A paper gives `awake(run)`, the depths of the blocks that learn in the coming update, as a function of (seed, step). The
-mechanism switches: a sleeping block forms no weight gradients, holds no `.grad`, and, with `drop_state`, gives up its
-optimizer state. What lies outside the blocks (embedding, final norm, head) is always awake unless `outside` is false.
+A paper gives `awake(run)`, the units that learn in the coming update, as a function of (seed, step). A unit is a block
+unless `units(run)` says otherwise. The mechanism switches: a sleeping unit forms no weight gradients, holds no `.grad`,
+and, with `drop_state`, gives up its optimizer state. What lies in no unit (embedding, final norm, head, where units are
+blocks) is always awake unless `outside` is false.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Activity(Method):
-    """Base of the methods that switch blocks on and off."""
+    """Base of the methods that switch units on and off."""
 
     drop_state: bool = True
     outside: bool = True
@@ -29,9 +30,15 @@ class Activity(Method):
             raise UserError(f"{self.key}: {run.settings.model.name} has no blocks to switch")
         self.now: list[int] | None = None
         self.saved: list[int] | None = None
+        self._members: list[list[str]] | None = None
+
+    def units(self, run: Run) -> list[list[str]]:
+        """Names of the trainable parameters of each unit; the blocks by depth."""
+        prefixes = [f"{name}." for name, _ in run.anatomy.blocks]
+        return [[name for name in run.trainable() if name.startswith(prefix)] for prefix in prefixes]
 
     def awake(self, run: Run) -> list[int]:
-        """Depths of the blocks that learn in the coming update."""
+        """The units that learn in the coming update."""
         raise NotImplementedError
 
     def due(self, run: Run) -> bool:
@@ -43,24 +50,31 @@ class Activity(Method):
             self.set(run, self.saved)  # a resumed period: nothing is dropped
         if self.now is None or self.due(run):
             if self.drop_state and self.now is not None and run.optimizer is not None:
-                run.forget([p for depth in range(len(run.anatomy.blocks)) for p in self.parameters(run, depth)])
+                run.forget([p for unit in range(len(self.members(run))) for p in self.parameters(run, unit)])
             self.set(run, sorted(self.awake(run)))
             run.count("switches")
 
     def set(self, run: Run, awake: list[int]) -> None:
-        """Let these blocks learn and no others."""
-        for depth in range(len(run.anatomy.blocks)):
-            for parameter in self.parameters(run, depth):
-                parameter.requires_grad_(depth in awake)
+        """Let these units learn and no others."""
+        trainable, inside = run.trainable(), set()
+        for unit, names in enumerate(self.members(run)):
+            inside.update(names)
+            for name in names:
+                trainable[name].requires_grad_(unit in awake)
         if not self.outside:
-            for _, parameter in run.anatomy.outside():
-                parameter.requires_grad_(False)
+            for name in trainable.keys() - inside:
+                trainable[name].requires_grad_(False)
         self.now = awake
 
-    def parameters(self, run: Run, depth: int) -> list[nn.Parameter]:
-        """What trains in a block."""
-        prefix = f"{run.anatomy.blocks[depth][0]}."
-        return [p for name, p in run.trainable().items() if name.startswith(prefix)]
+    def members(self, run: Run) -> list[list[str]]:
+        """What `units` said, once what trains is known."""
+        if self._members is None:
+            self._members = self.units(run)
+        return self._members
+
+    def parameters(self, run: Run, unit: int) -> list[nn.Parameter]:
+        """What trains in a unit."""
+        return [run.trainable()[name] for name in self.members(run)[unit]]
 
     def state_dict(self) -> dict[str, Any]:
         return {"now": self.now}
