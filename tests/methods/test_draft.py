@@ -172,10 +172,10 @@ def test_renoised_gradients_are_averaged_down_and_see_the_last_step_alone() -> N
     def one(i: int) -> torch.Tensor:
         return torch.cat([g.flatten() for g in torch.autograd.grad(method.again(run, batch, x0, i), params)])
 
-    grads = torch.stack([one(i) for i in range(64)])
+    grads = torch.stack([one(i) for i in range(256)])
     single = grads.var(0).sum()
-    eights = grads.view(8, 8, -1).mean(1).var(0).sum()
-    assert float(single / eights) == pytest.approx(8, rel=0.35)
+    eights = grads.view(32, 8, -1).mean(1).var(0).sum()  # of 32 values: known to a quarter
+    assert float(single / eights) == pytest.approx(8, rel=0.6)
     # exactly the last step's denoising: x0hat of x1 = a x0 + s e at the last level
     chain = run.task.chain(4)
     x1 = chain.noised(x0, torch.zeros_like(x0), 3)
