@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ftrecipes.data.scenes import ASKED, parse, read, score
 from ftrecipes.errors import UserError
@@ -438,12 +439,11 @@ class Diffusion(Denoising):
         count = len(self.alphas)
         if steps > count:
             raise UserError(f"{steps} sampling steps were asked for and the model was trained with {count}")
-        scheduler = DDIMScheduler.from_config(self.pipe.scheduler.config)
-        scheduler.set_timesteps(steps)
-        final = float(scheduler.final_alpha_cumprod)
-        alphas = []
-        for t in scheduler.timesteps.tolist():
-            alphas.append(float(self.alphas[t]))
+        with _disable_current_modes():  # a plan's tensors hold no numbers
+            scheduler = DDIMScheduler.from_config(self.pipe.scheduler.config)
+            scheduler.set_timesteps(steps)
+            final = float(scheduler.final_alpha_cumprod)
+            alphas = [float(self.alphas[t]) for t in scheduler.timesteps.tolist()]
         return DDIM(scheduler.timesteps, alphas, final, self.kind)
 
 
